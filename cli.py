@@ -1,0 +1,148 @@
+"""What the scripts share at the command line: one-line errors, settings from TOML and flags, time left."""
+
+import argparse
+import difflib
+import os
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import field, fields
+
+from kv_router import PlanError
+
+
+class UserError(ValueError):
+    """A mistake the user can mend. The message is one line: what was wrong, what is valid, the fix."""
+
+
+def suggest(word: str, known: Sequence[str]) -> str:
+    """'; did you mean X?' where something known is close to `word`, else ''."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors (exit status 2) and `-` read as `_` in the names of flags."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
+        words = []
+        for word in sys.argv[1:] if args is None else args:
+            name, equals, value = word.partition("=")
+            words.append(
+                name.replace("-", "_").replace("__", "--", 1) + equals + value if word[:2] == "--" else word
+            )
+        parsed, unknown = self.parse_known_args(words)
+        if unknown:
+            flags = list(self._option_string_actions)
+            self.error(
+                f"unknown argument {unknown[0]}{suggest(unknown[0].split('=')[0], flags)} (--help lists all)"
+            )
+        return parsed
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def run(main: Callable[[], None]):
+    """Run a script's main(); a user's mistake becomes one line and exit status 2."""
+    name = os.path.basename(sys.argv[0])
+    try:
+        main()
+    except (UserError, PlanError) as e:
+        print(f"{name}: error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader (head, less) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def setting(default, help: str, choices: Sequence | None = None):
+    """A dataclass field that is also a flag and a TOML key."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def given_settings(cls, description: str) -> dict:
+    """The settings of dataclass `cls` that the user gave: from a TOML file, if named, then from flags."""
+    parser = Parser(description)
+    parser.add_argument("config", nargs="?", help="a TOML file of settings, for example config/demo.toml")
+    for f in fields(cls):
+        kind = {"type": _boolean, "nargs": "?", "const": True} if f.type is bool else {"type": f.type}
+        help = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
+        metavar = None if f.metadata["choices"] else f.type.__name__.upper()
+        parser.add_argument(
+            f"--{f.name}", default=None, help=help, metavar=metavar, choices=f.metadata["choices"], **kind
+        )
+    args = vars(parser.parse_args())
+    path = args.pop("config")
+    flags = {name: value for name, value in args.items() if value is not None}
+    return (read_toml(path, cls) if path else {}) | flags
+
+
+def read_toml(path: str, cls) -> dict:
+    """The settings in a TOML file, checked against the fields of dataclass `cls`."""
+    try:
+        with open(path, "rb") as file:
+            settings = tomllib.load(file)
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}; config/ holds the presets") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not TOML: {e}") from e
+    known = {f.name: f for f in fields(cls)}
+    for key, value in settings.items():
+        if key not in known:
+            raise UserError(
+                f"{path}: unknown key {key!r}{suggest(key, list(known))} (train.py --help lists all)"
+            )
+        kind, choices = known[key].type, known[key].metadata["choices"]
+        if kind is float and type(value) is int:
+            value = settings[key] = float(value)
+        if type(value) is not kind or (choices and value not in choices):
+            valid = f"one of {', '.join(map(str, choices))}" if choices else f"a {kind.__name__}"
+            raise UserError(f"{path}: {key} = {value!r} is not {valid}")
+    return settings
+
+
+def first_line(e: Exception) -> str:
+    """An exception's message cut to one line, or its name where it has none."""
+    return next(iter(str(e).splitlines()), type(e).__name__)
+
+
+def duration(seconds: float) -> str:
+    """75 -> '1m15s'"""
+    s = int(seconds + 0.5)
+    return f"{s}s" if s < 60 else f"{s // 60}m{s % 60:02}s" if s < 3600 else f"{s // 3600}h{s // 60 % 60:02}m"
+
+
+class Progress:
+    """A line that shows how far a long piece of work is and the time left (every 10 s in a log file)."""
+
+    def __init__(self, what: str, total: float | None = None):
+        self.what, self.total, self.start, self.shown = what, total, time.time(), 0.0
+        self.live = sys.stderr.isatty()
+
+    def __call__(self, done: float, note: str = ""):
+        now, finished = time.time(), self.total is not None and done >= self.total
+        if not finished and now - max(self.shown, self.start) < (0.2 if self.live else 10):
+            return
+        self.shown, spent = now, now - self.start
+        text = f"{self.what} {note}  {duration(spent)}"
+        if self.total is not None and not finished:
+            left = duration(spent * (self.total / done - 1)) if done else "?"
+            text = f"{self.what} {done / self.total:4.0%} {note}  {left} left"
+        end = "\n" if finished or not self.live else ""
+        print(f"\r{text:<78}" if self.live else text, end=end, file=sys.stderr, flush=True)

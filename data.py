@@ -1,0 +1,464 @@
+"""Text in, tokens out: tokenizers, `train.bin` and `val.bin`, and the batches that training reads.
+
+python data.py                                        the default corpus: this Python's standard library
+python data.py --dataset shakespeare                  downloads 1 MB
+python data.py --input FILE_OR_FOLDER --name NAME     your own UTF-8 text
+python data.py --hf NAME [--split S --column C]       a Hugging Face dataset, or a local .jsonl or .parquet
+"""
+
+import base64
+import hashlib
+import heapq
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import sysconfig
+import tempfile
+import urllib.request
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+
+from cli import Parser, Progress, UserError, first_line, run
+
+# --- tokenizers -------------------------------------------------------------------------------------------
+
+# How text is cut before byte pairs are merged: words with their leading space, numbers of up to three digits,
+# punctuation, line ends, indentation. Written so that Python's re and tiktoken's regex engine both read it.
+PATTERN = r" ?[^\W\d_]+|\d{1,3}| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+END_OF_TEXT = "<|endoftext|>"
+BPE_SAMPLE_BYTES = 100_000_000  # enough text to learn merges from; more changes little and takes memory
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
+    """Learn a byte-level BPE of `vocab_size` tokens, one of them END_OF_TEXT. Returns token bytes -> rank.
+
+    Start from the 256 bytes; again and again, make the most frequent adjacent pair a token. Two things make
+    it fast: every distinct pre-token is handled once, with its count, and a merge updates the counts of only
+    those pairs that stand in a word it changes.
+
+    >>> sorted(train_bpe(["aaab aaab"], 259).items(), key=lambda x: x[1])[256:]   # 'aa', then 'ab'
+    [(b'aa', 256), (b'ab', 257)]
+    """
+    seen = Counter()
+    for text in texts:
+        seen.update(re.findall(PATTERN, text))
+    words = [list(word.encode()) for word in seen]
+    freq = list(seen.values())
+
+    count = Counter()  # pair of token ids -> occurrences in the corpus
+    where = defaultdict(set)  # pair -> words in which it stands (or once stood)
+    for w, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            count[pair] += freq[w]
+            where[pair].add(w)
+    queue = [(-n, pair) for pair, n in count.items()]  # entries go stale; the counter has the last word
+    heapq.heapify(queue)
+
+    tokens = [bytes([b]) for b in range(256)]
+    while queue and len(tokens) < vocab_size - 1:
+        n, pair = heapq.heappop(queue)
+        if -n != count[pair]:
+            continue
+        if -n < 2:
+            break
+        new = len(tokens)
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        changed = set()
+        for w in where.pop(pair):
+            word, merged = words[w], _merge(words[w], pair, new)
+            if len(merged) == len(word):
+                continue
+            for old in zip(word, word[1:]):
+                count[old] -= freq[w]
+                changed.add(old)
+            for p in zip(merged, merged[1:]):
+                count[p] += freq[w]
+                where[p].add(w)
+                changed.add(p)
+            words[w] = merged
+        for p in changed:
+            if count[p] > 0:
+                heapq.heappush(queue, (-count[p], p))
+    ranks = {}
+    for token in tokens:  # two merges can spell the same bytes; the first one counts
+        ranks.setdefault(token, len(ranks))
+    return ranks
+
+
+def _merge(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    out, i = [], 0
+    while i < len(word):
+        if i + 1 < len(word) and (word[i], word[i + 1]) == pair:
+            out.append(new)
+            i += 2
+        else:
+            out.append(word[i])
+            i += 1
+    return out
+
+
+def encoding(name: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
+    return tiktoken.Encoding(
+        name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: max(ranks.values()) + 1}
+    )
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """A .tiktoken file: a line per token, its bytes in base64 and its rank."""
+    try:
+        pairs = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except OSError as e:
+        raise UserError(f"cannot read the tokenizer {path}: {e.strerror}") from e
+    except ValueError as e:
+        raise UserError(
+            f"{path} is not a .tiktoken file: a line is not a token in base64 and its rank ({e})"
+        ) from e
+    if sorted(ranks.values()) != list(range(len(pairs))) or not all(bytes([b]) in ranks for b in range(256)):
+        raise UserError(
+            f"{path} is not a byte-level tokenizer: it needs the ranks 0, 1, 2 ... and all 256 single bytes"
+        )
+    return ranks
+
+
+def load_tokenizer(folder: str | Path) -> tiktoken.Encoding:
+    """The tokenizer of a tokenized corpus (data/NAME) or of a run made from one."""
+    folder = Path(folder)
+    name = read_meta(folder)["tokenizer"]
+    if name == "bytes":
+        return encoding("bytes", {bytes([b]): b for b in range(256)})
+    if name == "gpt2":
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except OSError as e:
+            raise UserError(
+                "tokenizer gpt2 is downloaded at first use and could not be reached; go online once, or use "
+                "--tokenizer bpe:4096 or bytes"
+            ) from e
+    return encoding(name, read_ranks(folder / "tokenizer.tiktoken"))
+
+
+def read_meta(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "meta.json").read_text())
+    except OSError as e:
+        raise UserError(
+            f"no tokenized corpus in {folder} ({e.strerror}); python data.py --help says how to make one"
+        ) from e
+    except ValueError as e:
+        raise UserError(
+            f"{folder / 'meta.json'} is damaged ({e}); make the corpus again with python data.py"
+        ) from e
+
+
+# --- text -------------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {e.start}); convert it, for example with iconv -t UTF-8"
+        ) from e
+
+
+def files_below(folder: Path, pattern: str, left_out: Iterable[str] = ()) -> list[Path]:
+    """Files in a fixed order that mixes folders, so that a held-out share of them is a fair sample. Hidden
+    ones (.git) and folders named in `left_out` are skipped."""
+    paths = []
+    for path in sorted(folder.rglob(pattern)):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and not any(part.startswith(".") or part in left_out for part in parts):
+            paths.append(path)
+    random.Random(0).shuffle(paths)
+    return paths
+
+
+def python_corpus() -> list[Path]:
+    folder = Path(sysconfig.get_path("stdlib"))
+    left_out = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
+    return files_below(folder, "*.py", left_out)
+
+
+def download(url: str) -> str:
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            return response.read().decode()
+    except OSError as e:
+        raise UserError(
+            f"could not download {url} ({e}); go online, or fetch the file elsewhere and use "
+            "--input FILE --name shakespeare"
+        ) from e
+
+
+def hugging_face(name: str, split: str, column: str) -> Callable[[], Iterator[str]]:
+    """Stream the texts of a Hugging Face dataset, or of a local .jsonl, .json or .parquet file."""
+    try:
+        import datasets
+    except ImportError as e:
+        raise UserError("--hf needs the package datasets: pip install datasets") from e
+    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(name).suffix)
+    try:
+        if kind and Path(name).exists():
+            rows = datasets.load_dataset(kind, data_files={split: name}, split=split, streaming=True)
+        else:
+            rows = datasets.load_dataset(name, split=split, streaming=True)
+        first = next(iter(rows), {})
+    except Exception as e:  # the package raises many kinds: no network, no such dataset, no such split
+        raise UserError(f"--hf {name}: {first_line(e)}") from e
+    if first and not isinstance(first.get(column), str):
+        raise UserError(f"--hf {name} has no text column {column!r}; it has {', '.join(first)}: use --column")
+    return lambda: (row[column] for row in rows)
+
+
+# --- corpus -> data/NAME ----------------------------------------------------------------------------------
+
+
+def split_documents(documents: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(text, 'train' or 'val') pairs: of many documents every 20th is held out, of few each one's last 5%."""
+    documents = iter(documents)
+    head = list(itertools.islice(documents, 20))
+    if len(head) == 20:
+        for i, text in enumerate(itertools.chain(head, documents)):
+            yield text, "val" if i % 20 == 19 else "train"
+    else:
+        for text in head:
+            cut = text.rfind("\n", 0, int(len(text) * 0.95)) + 1 or int(len(text) * 0.95)
+            yield text[:cut], "train"
+            yield text[cut:], "val"
+
+
+def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
+    """Cut a long text at line ends into about `size` characters, to tokenize it in bounded memory."""
+    start = 0
+    while start < len(text):
+        end = (
+            len(text)
+            if len(text) - start <= size
+            else text.rfind("\n", start, start + size) + 1 or start + size
+        )
+        end = end if end > start else start + size
+        yield text[start:end]
+        start = end
+
+
+def make_tokenizer(name: str, documents: Callable[[], Iterable[str]], folder: Path) -> None:
+    """Check --tokenizer and write what `load_tokenizer` will need into `folder`."""
+    path = folder / "tokenizer.tiktoken"
+    if m := re.fullmatch(r"bpe:([0-9]{1,7})", name):
+        if not 257 <= int(m[1]) <= 1_000_000:
+            raise UserError(
+                f"--tokenizer {name}: valid are bpe:257 (the bytes and the end of text) to bpe:1000000"
+            )
+        ranks = train_bpe(_sample(documents), int(m[1]))
+        path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % r for t, r in ranks.items()))
+    elif name.endswith(".tiktoken"):
+        read_ranks(Path(name))
+        shutil.copyfile(name, path)
+    elif name not in ("bytes", "gpt2"):
+        raise UserError(
+            f"--tokenizer {name}: valid are bpe:SIZE (for example bpe:4096), gpt2, bytes, or a .tiktoken file"
+        )
+
+
+def _sample(documents: Callable[[], Iterable[str]]) -> Iterator[str]:
+    room = BPE_SAMPLE_BYTES
+    for text, split in split_documents(documents()):
+        if split == "train":
+            yield text
+            room -= len(text)
+            if room <= 0:
+                return
+
+
+def prepare(
+    folder: Path,
+    documents: Callable[[], Iterable[str]],
+    tokenizer: str,
+    source: str,
+    n_bytes: int | None = None,
+) -> dict:
+    """Tokenize `documents()` (called once or twice) into folder/train.bin, val.bin and meta.json. The folder
+    appears whole or not at all. `n_bytes`, where known, is for the time left. Returns the meta data."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        print(f"{folder}: tokenizer {tokenizer}", flush=True)
+        make_tokenizer(tokenizer, documents, work)
+        meta = {"tokenizer": tokenizer, "source": source}
+        (work / "meta.json").write_text(json.dumps(meta))
+        enc = load_tokenizer(work)
+        dtype = np.dtype("<u2" if enc.n_vocab <= 1 << 16 else "<u4")
+        counts = {s: {"tokens": 0, "bytes": 0, "sha256": hashlib.sha256()} for s in ("train", "val")}
+        files = {s: open(work / f"{s}.bin", "wb") for s in counts}
+        progress = Progress("tokenizing", n_bytes)
+        for text, split in split_documents(documents()):
+            c = counts[split]
+            for piece in pieces(text):
+                _write(enc.encode_ordinary(piece), dtype, files[split], c)
+                c["bytes"] += len(piece.encode())
+                progress(
+                    sum(c["bytes"] for c in counts.values()),
+                    f"{sum(c['tokens'] for c in counts.values()):,} tokens",
+                )
+            if text:
+                _write([enc.eot_token], dtype, files[split], c)
+        for file in files.values():
+            file.close()
+        for split, c in counts.items():
+            if c["tokens"] < 2:
+                raise UserError(
+                    f"{source} is too short: its {split} part has no text; give 1,000 characters or more"
+                )
+            c["sha256"] = c["sha256"].hexdigest()
+        meta |= {"vocab_size": enc.n_vocab, "dtype": dtype.name} | counts
+        (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        if folder.exists():
+            folder.rename(work / "replaced")
+        for file in work.iterdir():  # mkdtemp made the folder private
+            file.chmod(0o644) if file.is_file() else None
+        work.chmod(0o755)
+        work.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(folder / "replaced", ignore_errors=True)
+    t, v = meta["train"], meta["val"]
+    print(
+        f"{folder}: {t['tokens']:,} train and {v['tokens']:,} val tokens, vocabulary {meta['vocab_size']:,}, "
+        f"{(t['bytes'] + v['bytes']) / (t['tokens'] + v['tokens']):.2f} bytes/token"
+    )
+    return meta
+
+
+def _write(ids: list[int], dtype: np.dtype, file, count: dict):
+    raw = np.array(ids, dtype=dtype).tobytes()
+    file.write(raw)
+    count["sha256"].update(raw)
+    count["tokens"] += len(ids)
+
+
+def prepare_dataset(name: str, folder: Path, tokenizer: str = "bpe:4096") -> dict:
+    """Make one of the built-in corpora."""
+    if name == "python":
+        paths = python_corpus()
+        size = sum(p.stat().st_size for p in paths)
+        source = f"standard library of Python {sysconfig.get_python_version()}"
+        return prepare(folder, lambda: map(read_text, paths), tokenizer, source, size)
+    if name == "shakespeare":
+        url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+        text = download(url)
+        return prepare(folder, lambda: [text], tokenizer, url, len(text))
+    raise UserError(
+        f"no corpus {name!r} in {folder.parent}; built in are python and shakespeare, for others see "
+        "python data.py --help"
+    )
+
+
+# --- data/NAME -> batches ---------------------------------------------------------------------------------
+
+
+class Tokens:
+    """One split of a tokenized corpus, cut into windows of `block_size` tokens and the next one."""
+
+    def __init__(self, folder: str | Path, split: str, block_size: int):
+        self.meta = read_meta(Path(folder))
+        self.path, self.block_size = Path(folder) / f"{split}.bin", block_size
+        try:
+            self.ids = np.memmap(self.path, dtype=np.dtype(self.meta["dtype"]).newbyteorder("<"), mode="r")
+        except (OSError, ValueError, KeyError) as e:
+            raise UserError(
+                f"cannot read {self.path} ({e}); make the corpus again with python data.py"
+            ) from e
+        if len(self.ids) != self.meta[split]["tokens"]:
+            raise UserError(
+                f"{self.path} holds {len(self.ids):,} tokens and meta.json says "
+                f"{self.meta[split]['tokens']:,}; make the corpus again with python data.py"
+            )
+        self.n_windows = (len(self.ids) - 1) // block_size
+        if self.n_windows < 1:
+            raise UserError(
+                f"{self.path} has {len(self.ids):,} tokens, too few for a window of block_size {block_size} "
+                "and the token after it; lower --block_size or bring more text"
+            )
+        self.bytes_per_token = self.meta[split]["bytes"] / self.meta[split]["tokens"]
+
+    def windows(self, starts: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets (one token on), each (B, block_size) int64."""
+        rows = np.stack([self.ids[s : s + self.block_size + 1] for s in starts]).astype(np.int64)
+        if rows.max() >= self.meta["vocab_size"]:
+            raise UserError(
+                f"{self.path} holds token id {rows.max()} and the vocabulary has "
+                f"{self.meta['vocab_size']:,}; make the corpus again with python data.py"
+            )
+        rows = torch.from_numpy(rows)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def batch(self, i: int, batch_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The i-th training batch, a pure function of its arguments: every epoch visits all windows once in
+        an order of its own, so a resumed run needs to know nothing but the step."""
+        return self.windows(self._start(n, seed) for n in range(i * batch_size, (i + 1) * batch_size))
+
+    def _start(self, n: int, seed: int) -> int:
+        epoch, k = divmod(n, self.n_windows)
+        if getattr(self, "_epoch", None) != (epoch, seed):
+            rng = np.random.default_rng((seed, epoch))
+            self._epoch, self._order = (epoch, seed), rng.permutation(self.n_windows)
+            self._shift = rng.integers((len(self.ids) - 1) % self.block_size + 1)
+        return self._shift + int(self._order[k]) * self.block_size
+
+    def held_out(self, n: int, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The same (at most) n windows at every call, disjoint and evenly spread, in batches."""
+        picks = np.linspace(0, self.n_windows - 1, min(n, self.n_windows)).round().astype(int)
+        for i in range(0, len(picks), batch_size):
+            yield self.windows(picks[i : i + batch_size] * self.block_size)
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--dataset", choices=("python", "shakespeare"), help="a built-in corpus (the default: python)"
+    )
+    parser.add_argument("--input", metavar="PATH", help="a UTF-8 file, or a folder of them; needs --name")
+    parser.add_argument(
+        "--hf", metavar="NAME", help="a Hugging Face dataset or a local .jsonl or .parquet file"
+    )
+    parser.add_argument("--split", default="train", help="with --hf: the split to read [train]")
+    parser.add_argument("--column", default="text", help="with --hf: the column that holds the text [text]")
+    parser.add_argument("--name", help="the folder below --data_dir to write [the dataset's name]")
+    parser.add_argument(
+        "--tokenizer", default="bpe:4096", help="bpe:SIZE, gpt2, bytes, or a .tiktoken file [bpe:4096]"
+    )
+    parser.add_argument("--data_dir", default="data", help="where tokenized corpora live [data]")
+    args = parser.parse_args()
+    if sum(x is not None for x in (args.dataset, args.input, args.hf)) > 1:
+        raise UserError("--dataset, --input and --hf exclude each other; give one")
+    if args.input and not args.name:
+        raise UserError("--input needs --name NAME, the folder below --data_dir to write")
+    name = args.name or (Path(args.hf).stem if args.hf else args.dataset or "python")
+    if not re.fullmatch(r"[\w][\w.-]*", name):
+        raise UserError(f"--name {name!r} is not a plain folder name; use letters, digits, '-', '_' and '.'")
+    folder = Path(args.data_dir) / name
+    if args.input:
+        path = Path(args.input)
+        paths = files_below(path, "*") if path.is_dir() else [path]
+        size = sum(p.stat().st_size for p in paths if p.exists())
+        prepare(folder, lambda: map(read_text, paths), args.tokenizer, os.path.basename(path.resolve()), size)
+    elif args.hf:
+        prepare(folder, hugging_face(args.hf, args.split, args.column), args.tokenizer, args.hf)
+    else:
+        prepare_dataset(args.dataset or "python", folder, args.tokenizer)
+
+
+if __name__ == "__main__":
+    run(main)

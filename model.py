@@ -1,0 +1,305 @@
+"""The transformer and its KV cache: Llama-shaped (RMSNorm, RoPE, SwiGLU, grouped-query attention), with one
+attention forward for training, prefill and decode under every plan of `kv_router.py`.
+
+Shapes: B sequences, T positions, C = n_embd features, nh query and nkv key/value heads of d features.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+from kv_router import Plan, PlanError, Shape
+
+
+@dataclass(kw_only=True)
+class GPTConfig(Shape):
+    """Sizes (see `kv_router.Shape`) and the plan that the parameters are built for."""
+
+    block_size: int = 256
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    plan: str = "full"
+
+
+class Attention(nn.Module):
+    """Layer `layer`'s part of attention: its own keys and values where somebody reads them, and its queries,
+    which read whatever its route names."""
+
+    def __init__(self, config: GPTConfig, plan: Plan, layer: int):
+        super().__init__()
+        C, nh, nkv, d = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
+        self.n_head, self.n_kv_head, self.head_dim = nh, nkv, d
+        has_k, has_v = layer in plan.k_layers, layer in plan.v_layers
+        self.q_proj = nn.Linear(C, nh * d, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(C, nkv * d, bias=config.qkv_bias) if has_k else None
+        self.v_proj = nn.Linear(C, nkv * d, bias=config.qkv_bias) if has_v else None
+        self.o_proj = nn.Linear(nh * d, C, bias=False)
+        self.q_norm = nn.RMSNorm(d, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(d, eps=config.norm_eps) if config.qk_norm and has_k else None
+        # Fusion gates (arXiv 2512.03870). Keys are fused after RoPE: one gate for the two features that turn
+        # together keeps attention a function of relative position. Where they start matters: keys at the
+        # source nearest below, values at the bottom one (FusedKV-Lite), and a layer's own counts most.
+        route = plan[layer]
+        self.k_gate = self._gate(route.k, route.k[-1], d // 2)
+        self.v_gate = self._gate(route.v, layer if layer in route.v else route.v[0], d)
+
+    def _gate(self, sources: tuple[int, ...], start: int, width: int) -> nn.Parameter | None:
+        if len(sources) == 1:
+            return None
+        one_hot = torch.tensor([float(j == start) for j in sources])
+        return nn.Parameter(one_hot[:, None, None, None].repeat(1, self.n_kv_head, 1, width))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, heads * d) -> (B, heads, T, d)
+
+    def key(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        k = self._heads(self.k_proj(x))
+        return kernels.rotate(self.k_norm(k) if self.k_norm else k, cos, sin)  # (B, nkv, T, d)
+
+    def value(self, x: Tensor) -> Tensor:
+        return self._heads(self.v_proj(x))  # (B, nkv, T, d)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, ks: list[Tensor], vs: list[Tensor]) -> Tensor:
+        q = self._heads(self.q_proj(x))
+        q = kernels.rotate(self.q_norm(q) if self.q_norm else q, cos, sin)  # (B, nh, T, d)
+        k_gate = torch.cat((self.k_gate, self.k_gate), dim=-1) if len(ks) > 1 else None
+        v_gate = self.v_gate if len(vs) > 1 else None
+        y = kernels.attention(q, ks, vs, k_gate, v_gate)  # (B, nh, T, d)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One layer, in two steps, so that which KV the second reads is plain Python between compiled pieces."""
+
+    def __init__(self, config: GPTConfig, plan: Plan, layer: int):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.attn = Attention(config, plan, layer)
+        self.norm2 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def kv(self, x: Tensor, cos: Tensor, sin: Tensor, need_k: bool, need_v: bool):
+        """The layer's normed input and its own keys and values, as far as somebody reads them."""
+        h = self.norm1(x)
+        return h, self.attn.key(h, cos, sin) if need_k else None, self.attn.value(h) if need_v else None
+
+    def forward(
+        self, x: Tensor, h: Tensor, cos: Tensor, sin: Tensor, ks: list[Tensor], vs: list[Tensor]
+    ) -> Tensor:
+        x = x + self.attn(h, cos, sin, ks, vs)
+        return x + self.mlp(self.norm2(x))
+
+
+class KVCache:
+    """The keys and values of up to `max_len` positions, for exactly the layers that `plan` stores.
+
+    `k[i]`, `v[i]`: (B, nkv, max_len, d), filled below position `length`. `bytes` is what is allocated."""
+
+    def __init__(
+        self, config: GPTConfig, plan: Plan, batch_size: int, max_len: int, dtype=torch.float32, device="cpu"
+    ):
+        shape = (batch_size, config.n_kv_head, max_len, config.head_dim)
+        self.plan, self.max_len, self.length = plan, max_len, 0
+        self.k = {i: torch.zeros(shape, dtype=dtype, device=device) for i in plan.k_layers}
+        self.v = {i: torch.zeros(shape, dtype=dtype, device=device) for i in plan.v_layers}
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.nbytes for t in (*self.k.values(), *self.v.values()))
+
+    def append(self, layer: int, k: Tensor | None, v: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Write a layer's new keys and values behind the filled positions; returns all that is filled. The
+        model moves `length` once every layer has written."""
+        return self._append(self.k.get(layer), k), self._append(self.v.get(layer), v)
+
+    def _append(self, stored: Tensor | None, new: Tensor | None) -> Tensor | None:
+        if new is None:
+            return None
+        end = self.length + new.size(2)
+        stored[:, :, self.length : end] = new
+        return stored[:, :, :end]
+
+
+def listed(layers: Iterable[int]) -> str:
+    return ", ".join(map(str, layers))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.plan = Plan.parse(config.plan, config.n_layer)
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, self.plan, i) for i in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.apply(self._init_weights)
+        for block in self.blocks:  # the residual stream sums 2 n_layer outputs
+            for proj in (block.attn.o_proj, block.mlp.down_proj):
+                nn.init.normal_(proj.weight, std=0.02 * (2 * config.n_layer) ** -0.5)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed.weight
+        self._set_rope()
+
+    def _set_rope(self):
+        c = self.config
+        frequencies = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
+        angles = torch.outer(torch.arange(c.block_size), frequencies).to(self.embed.weight.device)
+        self.cos, self.sin = angles.cos(), angles.sin()  # (block_size, d/2)
+
+    def _apply(self, *args):
+        """Moving or casting the model moves the RoPE table and leaves it in float32: in bfloat16 the angles
+        of far positions would be off by whole turns."""
+        super()._apply(*args)
+        self._set_rope()
+        return self
+
+    @staticmethod
+    def _init_weights(module: nn.Module):
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def resolve(self, plan: Plan | str | None) -> Plan:
+        """The plan to run under, by default the one the parameters were built for. Raises PlanError when the
+        model lacks what the plan needs."""
+        if plan is None:
+            plan = self.plan
+        elif isinstance(plan, str):
+            plan = Plan.parse(plan, self.config.n_layer)
+        if len(plan) != self.config.n_layer:
+            raise PlanError(
+                f"plan {plan.spec!r} is for {len(plan)} layers and the model has {self.config.n_layer}"
+            )
+        if plan.cyclic:
+            raise PlanError(
+                f"plan {plan.spec!r} is cyclic (a layer reads one above it), which cannot run yet"
+            )
+        this = f"this model, built for {self.plan.spec!r},"
+        for i, (built, asked) in enumerate(zip(self.plan.routes, plan.routes)):
+            for kind, have, gates, want in (
+                ("K", self.plan.k_layers, built.k, asked.k),
+                ("V", self.plan.v_layers, built.v, asked.v),
+            ):
+                which = f"plan {plan.spec!r}: layer {i}"
+                if missing := set(want) - set(have):
+                    raise PlanError(
+                        f"{which} reads {kind} of layer {min(missing)}, which {this} does not compute; "
+                        f"it has {kind} of layers {listed(have)}"
+                    )
+                if len(want) > 1 and want != gates:
+                    raise PlanError(
+                        f"{which} fuses the {kind} of layers {listed(want)}, and {this} has no gates for "
+                        f"that; train one with --plan {plan.spec}"
+                    )
+        return plan
+
+    def hidden(
+        self, idx: Tensor, plan: Plan, cache: KVCache | None = None, last_only: bool = False
+    ) -> Tensor:
+        """The residual stream above the last layer, (B, T, C), or with `last_only` (B, 1, C) of the last
+        position: nothing above the highest stored layer needs the others, so there they stop."""
+        start = cache.length if cache is not None else 0
+        end = start + idx.size(1)
+        if end > self.config.block_size or (cache is not None and end > cache.max_len):
+            room = self.config.block_size if cache is None else min(self.config.block_size, cache.max_len)
+            raise ValueError(
+                f"{end} positions do not fit the context of {room}; shorten the prompt or ask for less"
+            )
+        cos, sin = self.cos[start:end], self.sin[start:end]
+        ks, vs = {}, {}
+        x = self.embed(idx)  # (B, T, C)
+        for i, (block, route) in enumerate(zip(self.blocks, plan.routes)):
+            h, ks[i], vs[i] = block.kv(x, cos, sin, i in plan.k_layers, i in plan.v_layers)
+            if cache is not None:
+                ks[i], vs[i] = cache.append(i, ks[i], vs[i])
+            if last_only and i == plan.last_full_layer:
+                x, h, cos, sin = x[:, -1:], h[:, -1:], cos[-1:], sin[-1:]
+            x = block(x, h, cos, sin, [ks[j] for j in route.k], [vs[j] for j in route.v])
+        if cache is not None:
+            cache.length = end
+        return x
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        plan: Plan | str | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """idx (B, T) token ids -> (logits, loss).
+
+        Without targets: the last position's logits, (B, 1, vocab), and None. With targets (B, T): None and
+        the mean loss in nats per token. A `cache` is read, extended by the T positions, and must have been
+        made for the plan."""
+        plan = cache.plan if plan is None and cache is not None else self.resolve(plan)
+        if targets is None:
+            return self.lm_head(self.norm(self.hidden(idx, plan, cache, last_only=True))), None
+        return None, self.losses(idx, targets, plan).mean()
+
+    def losses(self, idx: Tensor, targets: Tensor, plan: Plan | str | None = None) -> Tensor:
+        """Loss of every position, (B, T), in nats."""
+        return self.head_losses(self.hidden(idx, self.resolve(plan)), targets)
+
+    def head_losses(self, x: Tensor, targets: Tensor) -> Tensor:
+        return kernels.cross_entropy(self.norm(x), self.lm_head.weight, targets)
+
+    def logits(self, idx: Tensor, plan: Plan | str | None = None) -> Tensor:
+        """Logits of every position, (B, T, vocab), in one pass without a cache."""
+        return self.lm_head(self.norm(self.hidden(idx, self.resolve(plan))))
+
+    @torch.no_grad()
+    def stream(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        plan: Plan | str | None = None,
+        seed: int | None = None,
+        cache: KVCache | None = None,
+    ) -> Iterator[Tensor]:
+        """Continue idx (B, T): prefill once, then one position a step with the cache. Yields each new column
+        (B, 1). Temperature 0 is greedy. Raises ValueError when T + max_new_tokens exceeds the context."""
+        B, T = idx.shape
+        if T < 1 or T + max_new_tokens > self.config.block_size:
+            raise ValueError(
+                f"a prompt of {T} tokens and {max_new_tokens} new ones do not fit the context of "
+                f"{self.config.block_size} tokens (1 prompt token at least)"
+            )
+        plan = self.resolve(plan)
+        if cache is None:
+            cache = KVCache(self.config, plan, B, T + max_new_tokens, self.embed.weight.dtype, idx.device)
+        generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+        for _ in range(max_new_tokens):
+            logits = self(idx, plan=plan, cache=cache)[0][:, -1].float()  # (B, vocab)
+            if temperature == 0:
+                idx = logits.argmax(-1, keepdim=True)
+            else:
+                logits = logits / temperature
+                if top_k is not None:
+                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, -torch.inf)
+                idx = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            yield idx
+
+    def generate(self, idx: Tensor, max_new_tokens: int, **options) -> Tensor:
+        """`stream` in one piece: (B, T) -> (B, T + max_new_tokens)."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, **options)], dim=1)

@@ -1,0 +1,88 @@
+"""Generate text from a checkpoint under one or several sharing plans.
+
+python sample.py --out_dir out/stochastic --start "def main("
+python sample.py --out_dir out/stochastic --plan full --plan cla:2 --plan keep:0 --start FILE:prompt.txt
+"""
+
+import codecs
+import time
+from pathlib import Path
+
+import torch
+
+import data
+from cli import Parser, UserError, run
+from kv_router import human
+from model import KVCache
+from train import load_run, pick_device, pick_dtype
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("--out_dir", default="out/run", help="the run to sample from [out/run]")
+    parser.add_argument(
+        "--plan",
+        action="append",
+        metavar="SPEC",
+        help="a sharing plan; may be given several times [the run's own]",
+    )
+    parser.add_argument(
+        "--start", default="", metavar="TEXT|FILE:PATH", help="the prompt [empty: the start of a document]"
+    )
+    parser.add_argument("--num_samples", type=int, default=1, help="samples per plan [1]")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens to generate [128]")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy [0.8]")
+    parser.add_argument(
+        "--top_k", type=int, default=50, help="sample among the k likeliest tokens; 0 for all [50]"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the same for every plan [0]")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... [auto]")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of weights and cache [auto]"
+    )
+    args = parser.parse_args()
+    for name, low in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
+        if not getattr(args, name) >= low:
+            raise UserError(f"--{name} {getattr(args, name)} is not valid; it must be {low} or more")
+    device = pick_device(args.device)
+    dtype, _ = pick_dtype(args.dtype, device)
+    model, _ = load_run(args.out_dir, device)
+    model.to(dtype)
+    enc = data.load_tokenizer(args.out_dir)
+    text = data.read_text(Path(args.start[5:])) if args.start.startswith("FILE:") else args.start
+    prompt = [enc.eot_token, *enc.encode_ordinary(text)] if not text else enc.encode_ordinary(text)
+    room = model.config.block_size - args.max_new_tokens
+    if len(prompt) > room:
+        raise UserError(
+            f"a prompt of {len(prompt)} tokens and {args.max_new_tokens} new ones do not fit the context of "
+            f"{model.config.block_size}; shorten --start or lower --max_new_tokens"
+        )
+    specs = args.plan or [model.plan.spec]
+    plans = [model.resolve(spec) for spec in specs]
+    idx = torch.tensor([prompt], device=device)
+    for spec, plan in zip(specs, plans):
+        for i in range(args.num_samples):
+            cache = KVCache(model.config, plan, 1, len(prompt) + args.max_new_tokens, dtype, device)
+            print(f"--- {spec}" + (f", sample {i + 1}" if args.num_samples > 1 else ""))
+            print(text, end="", flush=True)
+            decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span several tokens
+            times = [time.perf_counter()]
+            for token in model.stream(
+                idx, args.max_new_tokens, args.temperature, args.top_k or None, plan, args.seed + i, cache
+            ):
+                print(decoder.decode(enc.decode_single_token_bytes(token.item())), end="", flush=True)
+                times.append(time.perf_counter())
+            print(decoder.decode(b"", final=True))
+            speed = (
+                f", then {(len(times) - 2) / (times[-1] - times[1]):.0f} tokens/s" if len(times) > 2 else ""
+            )
+            whole = cache.bytes / plan.cache_ratio
+            print(
+                f"--- {spec}: first token after {1e3 * (times[1] - times[0]):.0f} ms{speed}; cache "
+                f"{human(cache.bytes, 'B')} of {human(whole, 'B')} ({plan.cache_ratio:.1%}) "
+                f"for {cache.max_len} tokens\n"
+            )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,232 @@
+"""Score checkpoints under many sharing plans on the same held-out windows; draw cache size against loss.
+
+python sweep.py --out_dir out/normal out/stochastic out/fusedkv
+python sweep.py --out_dir out/stochastic --plans full cla:2 keep:0,1,6 fusedkv-lite
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+import data
+from cli import Parser, Progress, UserError, run
+from kv_router import Plan, PlanError, costs, human
+from model import GPT
+from train import bits_per_byte, load_run, pick_device, window_losses
+
+
+def ladder(n_layer: int) -> list[str]:
+    """The plans that show how loss depends on cache size: evenly spread kept layers from all to one, and the
+    two half-cache plans that store the lower half."""
+    kept = dict.fromkeys(max(1, round(n_layer * share)) for share in (1, 0.75, 0.5, 0.25, 0.125))
+    specs = [f"lasagna-bottom:{n}" for n in kept] + (["yoco", "fusedkv-lite"] if n_layer > 1 else [])
+    return list(dict.fromkeys(Plan.parse(spec, n_layer).spec for spec in specs))
+
+
+def runnable(model: GPT, specs: list[str] | None) -> list[Plan]:
+    """The plans among `specs` that this model has the parameters for; by default the ladder for a model that
+    computes every layer's KV, and for one built for a plan that plan."""
+    if specs is None:
+        specs = ladder(model.config.n_layer) if model.plan.spec == "full" else [model.plan.spec]
+    plans = []
+    for spec in specs:
+        try:
+            plans.append(model.resolve(spec))
+        except PlanError as e:
+            plans.append(e)
+    return plans
+
+
+def score(
+    runs: dict[str, GPT], tokens: data.Tokens, specs: list[str] | None, windows: int, batch_size: int
+) -> list[dict]:
+    """One row per run and plan. `delta` is the loss above `full` on the same windows, of the same run or,
+    where a run has no full cache, of the first that has; `delta_stderr` its paired standard error."""
+    todo = [(name, plan) for name, model in runs.items() for plan in runnable(model, specs)]
+    errors = [plan for _, plan in todo if isinstance(plan, PlanError)]
+    todo = [(name, plan) for name, plan in todo if isinstance(plan, Plan)]
+    for error in errors:
+        if not todo or len(runs) == 1:
+            raise error
+        print(f"left out: {error}")
+    progress = Progress("scoring", len(todo))
+    losses, rows = {}, []
+    for name, plan in todo:
+        progress(len(losses), f"{name} {plan.spec}")
+        losses[name, plan.spec] = window_losses(runs[name], tokens, windows, batch_size, plan)
+    progress(len(todo))
+    first_full = next((key for key in losses if key[1] == "full"), None)
+    for name, plan in todo:
+        model, own = runs[name], losses[name, plan.spec]
+        cost = costs(plan, model.config, bytes_per_value=model.embed.weight.itemsize)
+        loss = float(own.mean())
+        row = {
+            "run": name, "plan": plan.spec, "cache_ratio": plan.cache_ratio,
+            "cache_bytes_per_token": cost.cache_bytes_per_token,
+            "loss": loss, "loss_stderr": stderr(own), "bpb": bits_per_byte(loss, tokens),
+            "tokens": own.size * tokens.block_size,
+        }  # fmt: skip
+        reference = (name, "full") if (name, "full") in losses else first_full
+        if reference:
+            paired = own - losses[reference]
+            row |= {
+                "delta": float(paired.mean()),
+                "delta_stderr": stderr(paired),
+                "delta_to": " ".join(reference),
+            }
+        rows.append(row)
+    return rows
+
+
+def stderr(x: np.ndarray) -> float:
+    return float(x.std(ddof=1) / len(x) ** 0.5) if len(x) > 1 else float("nan")
+
+
+def table(rows: list[dict]) -> str:
+    lines = [f"{'run':16} {'plan':20} {'cache':>7} {'B/token':>8} {'loss':>7} {'bits/byte':>10}  above full"]
+    for r in rows:
+        line = f"{r['run'][:16]:16} {r['plan'][:20]:20} {r['cache_ratio']:7.1%} "
+        line += f"{human(r['cache_bytes_per_token']):>8} {r['loss']:7.4f} {r['bpb']:10.4f}  "
+        if "delta" in r and r["delta_to"] != f"{r['run']} {r['plan']}":
+            line += f"{r['delta']:+.4f} +- {r['delta_stderr']:.4f}"
+            line += "" if r["delta_to"].startswith(r["run"] + " ") else f" ({r['delta_to']})"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def pareto(rows: list[dict]) -> list[dict]:
+    """The rows that no other beats in both cache size and loss, by ascending cache size."""
+    front = []
+    for r in sorted(rows, key=lambda r: (r["cache_bytes_per_token"], r["loss"])):
+        if not front or r["loss"] < front[-1]["loss"]:
+            front.append(r)
+    return front
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """One line per run along its own Pareto front, hollow marks for its other plans, rings for the front of
+    all runs together. Runs differ by marker and dash as well as colour, so a grey print reads too."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    styles = [
+        ("o", "-"),
+        ("s", "--"),
+        ("D", "-."),
+        ("^", ":"),
+        ("v", (0, (5, 1))),
+        ("P", (0, (3, 1, 1, 1))),
+        ("X", (0, (1, 1))),
+    ]
+    colours = ["#1b5e9b", "#d1601f", "#2b8a4b", "#7b3fa0", "#8c6d1f", "#b0305c", "#444444"]
+    full = max(r["cache_bytes_per_token"] / r["cache_ratio"] for r in rows)
+    fig, ax = plt.subplots(figsize=(8, 5), dpi=150)
+    for i, name in enumerate(dict.fromkeys(r["run"] for r in rows)):
+        (marker, dash), colour = styles[i % len(styles)], colours[i % len(colours)]
+        own = [r for r in rows if r["run"] == name]
+        front = pareto(own)
+        x, y = ([r[k] for r in front] for k in ("cache_bytes_per_token", "loss"))
+        ax.plot(
+            x,
+            y,
+            marker=marker,
+            linestyle=dash,
+            color=colour,
+            label=name,
+            linewidth=1.8,
+            markersize=6,
+            zorder=3,
+        )
+        for r in own:
+            point = (r["cache_bytes_per_token"], r["loss"])
+            if r not in front:
+                ax.plot(
+                    *point, marker=marker, mfc="white", mec=colour, markersize=6, linestyle="none", zorder=2
+                )
+            if r.get("delta_stderr"):
+                ax.errorbar(*point, yerr=r["delta_stderr"], color=colour, capsize=2, linewidth=1, zorder=2)
+    front = pareto(rows)
+    x, y = ([r[k] for r in front] for k in ("cache_bytes_per_token", "loss"))
+    ax.plot(x, y, "o", ms=13, mfc="none", mec="black", mew=1, zorder=4, label="best for its cache size")
+    ax.set_xlim(0, full * 1.05)
+    ticks = [0.125, 0.25, 0.5, 0.75, 1.0]
+    ax.set_xticks([full * t for t in ticks], [f"{100 * t:.4g}%" for t in ticks])
+    ax.set_xlabel("KV cache, percent of a full one")
+    ax.set_ylabel("held-out loss, nats per token")
+    top = ax.secondary_xaxis("top")
+    top.set_xticks([full * t for t in ticks], [f"{full * t:,.0f}" for t in ticks])
+    top.set_xlabel("KV cache, bytes per token")
+    ax.grid(alpha=0.25)
+    ax.legend(frameon=False)
+    fig.tight_layout()
+    work = path.with_suffix(".tmp")
+    fig.savefig(work, format="png")
+    plt.close(fig)
+    os.replace(work, path)
+
+
+def load_runs(folders: list[str], device: str, data_dir: str | None) -> tuple[dict[str, GPT], data.Tokens]:
+    """The models, named by their folders, and the held-out text that all of them were trained beside."""
+    runs, tokens = {}, None
+    for folder in folders:
+        model, config = load_run(folder, device)
+        if folder.rstrip("/") in runs or os.path.basename(os.path.normpath(folder)) in runs:
+            raise UserError(
+                f"--out_dir names two runs {os.path.basename(folder)!r}; rename a folder to tell them apart"
+            )
+        corpus = Path(data_dir or config.data_dir) / config.dataset
+        found = data.Tokens(corpus, "val", model.config.block_size)
+        if data.read_meta(Path(folder)).get("val") != found.meta["val"]:
+            raise UserError(
+                f"{corpus} is not the corpus that {folder} was trained on; make that again: python data.py"
+            )
+        if tokens and (found.meta["val"], found.block_size) != (tokens.meta["val"], tokens.block_size):
+            raise UserError(
+                f"{folder} differs from {folders[0]} in corpus or block_size, so their losses do not "
+                "compare; sweep it apart"
+            )
+        runs[os.path.basename(os.path.normpath(folder))], tokens = model, tokens or found
+    return runs, tokens
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("--out_dir", nargs="+", required=True, metavar="RUN", help="the runs to compare")
+    parser.add_argument(
+        "--plans",
+        nargs="+",
+        metavar="SPEC",
+        help="plans to score [kept layers from all to one, yoco, fusedkv-lite]",
+    )
+    parser.add_argument(
+        "--windows", type=int, default=128, help="held-out windows of the context length [128]"
+    )
+    parser.add_argument("--batch_size", type=int, default=16, help="windows at a time [16]")
+    parser.add_argument(
+        "--save_dir", help="where sweep.jsonl and the picture go [the run's folder, or that around several]"
+    )
+    parser.add_argument("--data_dir", help="where tokenized corpora live [as in training]")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... [auto]")
+    args = parser.parse_args()
+    if min(args.windows, args.batch_size) < 1:
+        raise UserError("--windows and --batch_size must be 1 or more")
+    runs, tokens = load_runs(args.out_dir, pick_device(args.device), args.data_dir)
+    folder = Path(
+        args.save_dir or (os.path.commonpath(args.out_dir) if len(runs) > 1 else args.out_dir[0]) or "."
+    )
+    rows = score(runs, tokens, args.plans, args.windows, args.batch_size)
+    print(table(rows))
+    folder.mkdir(parents=True, exist_ok=True)
+    work = folder / "sweep.tmp"
+    work.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    os.replace(work, folder / "sweep.jsonl")
+    draw(rows, folder / "cache_vs_loss.png")
+    print(f"wrote {folder / 'sweep.jsonl'} and {folder / 'cache_vs_loss.png'}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,96 @@
+"""What several test files share: every plan family, small models, a small corpus, running a script."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+from kv_router import Plan
+from model import GPT, GPTConfig
+
+torch.set_num_threads(1)  # tiny tensors: two threads only wait for each other
+ROOT = Path(__file__).parent.parent
+
+
+def acyclic_plans(n_layer: int) -> list[str]:
+    """Every acyclic family of the notation at this depth, each plan once."""
+    half = n_layer // 2
+    specs = ["full", "keep:0", "cla:2", "cla:3", "pizza-bottom:2", "sandwich-bottom:3", "lasagna-bottom:2"]
+    specs += ["_".join(["0"] * n_layer), "_".join(["0"] + [str(i - 1) for i in range(1, n_layer)])]
+    if n_layer >= 2:
+        specs += ["yoco", "fusedkv", "fusedkv-lite", f"keep:0,{n_layer - 1}"]
+        specs += ["0_" + "_".join(["k0+1v0+1"] * (n_layer - 1)), "0_" + "_".join(["k1v0+1"] * (n_layer - 1))]
+    if n_layer >= 3:
+        fan = "k" + "+".join(map(str, range(half + 1))) + "v" + "+".join(map(str, range(half + 1)))
+        specs += ["_".join([*map(str, range(half + 1)), *[fan] * (n_layer - half - 1)])]
+        specs += ["0_1_" + "_".join(["k1v0"] * (n_layer - 2)), "0_1_" + "_".join(["k0+1v1"] * (n_layer - 2))]
+    plans = {}
+    for spec in specs:
+        try:
+            plan = Plan.parse(spec, n_layer)
+        except ValueError:  # a family that needs more layers
+            continue
+        plans.setdefault(plan, spec)
+    return list(plans.values())
+
+
+def make_model(plan: str = "full", seed: int = 0, **sizes) -> GPT:
+    """A small float32 model whose weights and gates are all random and large enough to matter."""
+    sizes = {
+        "vocab_size": 61,
+        "block_size": 32,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_kv_head": 2,
+        "n_embd": 32,
+    } | sizes
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(plan=plan, **sizes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * (0.15 if p.dim() == 2 else 0.5) + (p.dim() != 2))
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """This repository's own source as a tokenized corpus of 512 tokens, in DATA_DIR/own."""
+    folder = tmp_path_factory.mktemp("data") / "own"
+    texts = [path.read_text() for path in sorted(ROOT.glob("*.py"))]
+    data.prepare(folder, lambda: texts, "bpe:512", "this repository")
+    return folder
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """script("train.py", "--flag", ...) -> (exit status, standard output, standard error)"""
+
+    def call(name: str, *args) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        module, status = importlib.import_module(name.removesuffix(".py")), 0
+        cli = importlib.import_module("cli")
+        try:
+            cli.run(module.main)
+        except SystemExit as e:
+            status = e.code or 0
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+@pytest.fixture
+def refused(script):
+    """refused(script, flags ...) -> the one line, after checking that it is one, with exit status 2."""
+
+    def call(name: str, *args) -> str:
+        status, _, err = script(name, *args)
+        lines = [line for line in err.splitlines() if not re.match(r"\r?(scoring|tokenizing) ", line)]
+        assert status == 2 and len(lines) == 1 and lines[0].startswith(f"{name}: error: "), (status, err)
+        return lines[0]
+
+    return call

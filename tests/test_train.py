@@ -1,0 +1,276 @@
+"""The scripts from end to end, on a small corpus and a model that trains in seconds."""
+
+import json
+import re
+
+import pytest
+import torch
+
+import train
+from data import Tokens
+
+SMALL = {
+    "n_layer": 4, "n_embd": 32, "n_head": 4, "n_kv_head": 2, "block_size": 32, "batch_size": 8,
+    "max_iters": 12, "warmup_iters": 2, "eval_interval": 6, "eval_iters": 2, "log_interval": 1,
+    "device": "cpu", "dtype": "float32",
+}  # fmt: skip
+
+
+def flags(corpus, out, **settings):
+    settings = SMALL | {"data_dir": corpus.parent, "dataset": corpus.name, "out_dir": out} | settings
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def read_log(out, key):
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return {row["step"]: row[key] for row in rows if key in row}
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    """A normal, a stochastic and a FusedKV run of 60 steps."""
+    import sys
+
+    folder = tmp_path_factory.mktemp("out")
+    runs = {"normal": {}, "stochastic": {"router_p": 0.5}, "fusedkv": {"plan": "fusedkv"}}
+    argv = sys.argv
+    for name, settings in runs.items():
+        sys.argv = ["train.py", *flags(corpus, folder / name, max_iters=60, eval_interval=20, **settings)]
+        train.main()
+    sys.argv = argv
+    return folder
+
+
+def test_a_run_learns_and_leaves_its_record(trained):
+    for name in ("normal", "stochastic", "fusedkv"):
+        out = trained / name
+        val = read_log(out, "val_loss")
+        assert list(val) == [0, 20, 40, 60] and val[0] == pytest.approx(6.24, abs=0.2)  # ln 512
+        assert val[60] < val[20] < val[0] - 0.5
+        row = json.loads((out / "log.jsonl").read_text().splitlines()[3])
+        assert {"step", "train_loss", "lr", "tokens", "tokens_per_s", "time"} <= set(row)
+        assert json.loads((out / "config.json").read_text())["n_layer"] == 4
+        info = json.loads((out / "run.json").read_text())
+        assert info["dtype"] == "torch.float32" and info["command"].startswith("train.py --n_layer=4")
+        model, config = train.load_run(out)
+        assert info["parameters"] == sum(p.numel() for p in model.parameters())
+        tokens = Tokens(f"{config.data_dir}/{config.dataset}", "val", 32)
+        again = train.window_losses(model, tokens, 16, 5).mean()
+        assert again == pytest.approx(min(val.values()), abs=1e-5)  # best.pt, whatever the batch size
+
+
+def test_stochastic_runs_log_their_draws(trained):
+    drawn = read_log(trained / "stochastic", "plans")
+    assert len(drawn) == 60 and all(len(plans) == 1 for plans in drawn.values())
+    assert len({p[0] for p in drawn.values()}) > 10
+    assert not read_log(trained / "normal", "plans")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"router_p": 0.5, "gradient_accumulation_steps": 2},
+        {"plan": "fusedkv"},
+        {"plan": "0_0_k0v0+1_2", "seed": 3},
+    ],
+)
+def test_resuming_continues_the_same_run(corpus, tmp_path, script, settings):
+    """Stopped at step 6 and resumed equals never stopped: the same losses and weights, bit for bit."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    script("train.py", *flags(corpus, whole, **settings))
+
+    def stop_at_6(step, c, schedule=train.learning_rate):
+        if step == 6 and c.init_from == "scratch":
+            raise KeyboardInterrupt
+        return schedule(step, c)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "learning_rate", stop_at_6)
+        assert script("train.py", *flags(corpus, parts, **settings))[0] == 130
+    status, out, _ = script("train.py", "--out_dir", parts, "--init_from=resume")
+    assert status == 0 and "resumed after step 6" in out
+    for key in ("train_loss", "val_loss", "lr", "plans"):
+        assert read_log(parts, key) == read_log(whole, key)
+    a, b = (torch.load(out / "ckpt.pt", weights_only=True) for out in (whole, parts))
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    assert a["best_val_loss"] == b["best_val_loss"]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(corpus, tmp_path, script, monkeypatch):
+    import os
+    import signal
+
+    def press_at_5(step, c, schedule=train.learning_rate):
+        if step == 5 and c.init_from == "scratch":
+            os.kill(os.getpid(), signal.SIGINT)
+        return schedule(step, c)
+
+    monkeypatch.setattr(train, "learning_rate", press_at_5)
+    out = tmp_path / "run"
+    status, text, _ = script("train.py", *flags(corpus, out))
+    assert status == 130 and "saved after step 6; go on" in text
+    assert script("train.py", f"--out_dir={out}", "--init_from=resume")[0] == 0
+    assert list(read_log(out, "train_loss")) == list(range(1, 13))
+
+
+def test_resuming_a_finished_run_changes_nothing_and_more_steps_extend_it(corpus, tmp_path, script):
+    out = tmp_path / "run"
+    script("train.py", *flags(corpus, out))
+    before = (out / "log.jsonl").read_text(), (out / "ckpt.pt").read_bytes()
+    assert script("train.py", f"--out_dir={out}", "--init_from=resume")[0] == 0
+    assert before == ((out / "log.jsonl").read_text(), (out / "ckpt.pt").read_bytes())
+    assert script("train.py", f"--out_dir={out}", "--init-from=resume", "--max-iters", "15")[0] == 0
+    assert list(read_log(out, "train_loss")) == list(range(1, 16))
+
+
+def test_accumulation_equals_one_large_batch(corpus, tmp_path, script):
+    losses = []
+    for batch, steps in ((8, 1), (4, 2)):
+        out = tmp_path / str(batch)
+        script(
+            "train.py", *flags(corpus, out, batch_size=batch, gradient_accumulation_steps=steps, max_iters=4)
+        )
+        losses.append(list(read_log(out, "train_loss").values()))
+    assert losses[0] == pytest.approx(losses[1], abs=2e-5)
+
+
+def test_settings_come_from_toml_and_flags_win(corpus, tmp_path, script, refused):
+    toml = tmp_path / "x.toml"
+    toml.write_text("n_layer = 3\nlearning_rate = 1\nmax_iters = 2\n")
+    given = [f for f in flags(corpus, tmp_path / "run") if not re.match("--(n_layer|max_iters)", f)]
+    assert script("train.py", toml, *given, "--max_iters=1", "--sample_interval=1")[0] == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["n_layer"], config["learning_rate"], config["max_iters"]) == (3, 1.0, 1)
+    for text, part in (
+        ("n_layers = 3", "unknown key 'n_layers'; did you mean n_layer?"),
+        ("n_layer = '3'", "n_layer = '3' is not a int"),
+        ("dtype = 'float8'", "is not one of auto, float32, bfloat16"),
+        ("n_layer = ", "is not TOML"),
+    ):
+        toml.write_text(text)
+        assert part in refused("train.py", toml)
+    assert "cannot read" in refused("train.py", tmp_path / "none.toml")
+
+
+def test_mistakes_get_one_line_and_leave_nothing(corpus, tmp_path, refused, trained):
+    out = tmp_path / "run"
+
+    def bad(**settings):
+        return refused("train.py", *flags(corpus, out, **settings))
+
+    assert "no such plan" in bad(plan="nope")
+    assert "layer '9' is not valid" in bad(plan="keep:0,9")
+    assert "cyclic" in bad(plan="lasagna-top:2")
+    assert "not a probability" in bad(router_p=1.5)
+    assert "give one of them" in bad(router_p=0.5, plan="yoco")
+    assert "must be 1 or more" in bad(batch_size=0)
+    assert "must be 1 or more" in bad(n_layer=0)
+    assert "not a multiple" in bad(n_head=3)
+    assert "invalid int value: 'x'" in bad(n_layer="x")
+    assert "neither true nor false" in bad(compile="maybe")
+    assert "no corpus 'nope'" in bad(dataset="nope")
+    assert "lower --block_size" in bad(block_size=100_000)
+    assert "--device cuda:7" in bad(device="cuda:7")
+    assert "no checkpoint" in bad(init_from="resume")
+    assert "did you mean --n_layer" in refused("train.py", "--n_layers=3")
+    assert not out.exists()
+    used = trained / "normal"
+    before = (used / "ckpt.pt").read_bytes()
+    assert "holds a run" in refused("train.py", *flags(corpus, used))
+    assert "--n_layer 5 contradicts" in refused(
+        "train.py", f"--out_dir={used}", "--init_from=resume", "--n_layer=5"
+    )
+    assert (used / "ckpt.pt").read_bytes() == before
+
+
+def test_damaged_checkpoints_are_refused(tmp_path, refused, trained):
+    out = tmp_path / "run"
+    assert "no checkpoint" in refused("sample.py", "--out_dir", out)
+    out.mkdir()
+    for content in (b"", b"not a checkpoint", (trained / "normal" / "best.pt").read_bytes()[:5000]):
+        (out / "best.pt").write_bytes(content)
+        assert "cannot be read as a checkpoint" in refused("sample.py", "--out_dir", out)
+
+
+def test_sweep_scores_draws_and_overlays(trained, tmp_path, script, refused):
+    runs = [trained / name for name in ("normal", "stochastic", "fusedkv")]
+    status, out, _ = script("sweep.py", "--out_dir", *runs, "--windows", 20, "--save_dir", tmp_path)
+    assert status == 0
+    rows = [json.loads(line) for line in (tmp_path / "sweep.jsonl").read_text().splitlines()]
+    assert (tmp_path / "cache_vs_loss.png").read_bytes()[:4] == b"\x89PNG"
+    keys = {"run", "plan", "cache_ratio", "cache_bytes_per_token", "loss", "loss_stderr", "bpb", "tokens"}
+    assert all(keys <= set(row) and row["tokens"] == 20 * 32 for row in rows)
+    by_run = {
+        name: [r["plan"] for r in rows if r["run"] == name] for name in ("normal", "stochastic", "fusedkv")
+    }
+    ladder = ["full", "keep:0,1,2", "keep:0,2", "keep:0", "keep:0,1", "fusedkv-lite"]
+    assert by_run == {"normal": ladder, "stochastic": ladder, "fusedkv": ["fusedkv"]}
+    normal = {r["plan"]: r for r in rows if r["run"] == "normal"}
+    assert normal["full"]["delta"] == 0 and normal["keep:0"]["delta_stderr"] > 0
+    assert normal["keep:0"]["cache_bytes_per_token"] == normal["full"]["cache_bytes_per_token"] / 4
+    # the paired error, computed again
+    model, config = train.load_run(trained / "normal")
+    tokens = Tokens(f"{config.data_dir}/{config.dataset}", "val", 32)
+    a, b = (train.window_losses(model, tokens, 20, 7, model.resolve(plan)) for plan in ("keep:0", "full"))
+    assert normal["keep:0"]["loss"] == pytest.approx(a.mean(), abs=1e-5)
+    assert normal["keep:0"]["delta_stderr"] == pytest.approx((a - b).std(ddof=1) / 20**0.5, rel=1e-3)
+    # by default the files go beside the runs
+    assert script("sweep.py", "--out_dir", *runs[:2], "--plans", "full", "--windows", 2)[0] == 0
+    assert (trained / "sweep.jsonl").exists()
+    status, out, _ = script("sweep.py", "--out_dir", *runs[1:], "--plans", "cla:2", "fusedkv", "--windows", 2)
+    assert status == 0 and out.count("left out:") == 2
+    assert "no gates" in refused("sweep.py", "--out_dir", runs[0], "--plans", "fusedkv")
+    assert "no such plan" in refused("sweep.py", "--out_dir", runs[0], "--plans", "full", "nope")
+    assert "no checkpoint" in refused("sweep.py", "--out_dir", tmp_path / "none")
+
+
+def test_sample_streams_the_same_text_that_generate_gives(trained, tmp_path, script):
+    out = trained / "stochastic"
+    flags = ("--out_dir", out, "--max_new_tokens", 20, "--seed", 4, "--device", "cpu")
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("def main")
+    status, text, _ = script(
+        "sample.py", *flags, "--start", f"FILE:{prompt}", "--plan", "full", "--plan", "cla:2"
+    )
+    assert status == 0
+    model, _ = train.load_run(out)
+    enc = train.data.load_tokenizer(out)
+    idx = torch.tensor([enc.encode_ordinary("def main")])
+    for plan, ratio in (("full", "100.0%"), ("cla:2", "50.0%")):
+        ids = model.generate(idx, 20, temperature=0.8, top_k=50, plan=plan, seed=4)
+        assert f"--- {plan}\n{enc.decode(ids[0].tolist())}" in text.replace("\r", "")
+        assert re.search(
+            rf"--- {plan}: first token after \d+ ms, then \d+ tokens/s; cache .* \({ratio}\)", text
+        )
+
+
+def test_sample_does_not_break_characters(trained, script, monkeypatch):
+    """Bytes of one character arrive as separate tokens; the stream must hold them back until it is whole."""
+    out = trained / "normal"
+    enc = train.data.load_tokenizer(out)
+    ids = enc.encode_ordinary("日本語 🎉")
+    assert len(ids) > 4
+
+    def stream(self, idx, n, *args):
+        yield from (torch.tensor([[i]]) for i in ids)
+
+    monkeypatch.setattr(train.GPT, "stream", stream)
+    status, text, _ = script("sample.py", "--out_dir", out, "--device", "cpu", "--max_new_tokens", len(ids))
+    assert status == 0 and "日本語 🎉" in text and "\ufffd" not in text
+
+
+def test_sample_mistakes(trained, tmp_path, refused):
+    out = ("--out_dir", trained / "normal")
+    assert "do not fit the context of 32" in refused("sample.py", *out, "--max_new_tokens", 40)
+    assert "do not fit the context" in refused(
+        "sample.py", *out, "--start", "word " * 50, "--max_new_tokens", 4
+    )
+    assert "no gates" in refused("sample.py", *out, "--plan", "fusedkv", "--max_new_tokens", 4)
+    assert "must be 1 or more" in refused("sample.py", *out, "--num_samples", 0)
+    assert "must be 0 or more" in refused("sample.py", *out, "--temperature", -1)
+    assert "No such file" in refused("sample.py", *out, "--start", "FILE:none", "--max_new_tokens", 4)
+    (tmp_path / "latin").write_bytes(b"\xff\xfe")
+    assert "not UTF-8" in refused(
+        "sample.py", *out, "--start", f"FILE:{tmp_path / 'latin'}", "--max_new_tokens", 4
+    )

@@ -1,0 +1,408 @@
+"""Train a model: normally, under a fixed sharing plan (--plan), or with stochastic KV routing (--router_p).
+
+python train.py config/demo.toml --out_dir=out/normal
+python train.py config/demo.toml --out_dir=out/stochastic --router_p=0.5
+python train.py config/demo.toml --out_dir=out/fusedkv --plan=fusedkv
+python train.py --out_dir=out/normal --init_from=resume
+"""
+
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import kernels
+from cli import UserError, duration, first_line, given_settings, run, setting
+from kv_router import Plan, StochasticRouter
+from model import GPT, GPTConfig
+
+
+@dataclass
+class TrainConfig:
+    out_dir: str = setting("out/run", "where checkpoints, logs and settings of this run go")
+    init_from: str = setting(
+        "scratch", "scratch, or resume: go on from out_dir/ckpt.pt", ("scratch", "resume")
+    )
+    # the data
+    dataset: str = setting(
+        "python", "a tokenized corpus below data_dir; python and shakespeare are made when missing"
+    )
+    data_dir: str = setting("data", "where tokenized corpora live")
+    # the model
+    plan: str = setting("full", "KV-sharing plan to build and train; python kv_router.py --help lists them")
+    router_p: float = setting(
+        0.0, "stochastic KV routing: chance that a layer reads a random lower layer's KV; 0 is off"
+    )
+    block_size: int = setting(256, "context length, in tokens")
+    n_layer: int = setting(8, "layers")
+    n_head: int = setting(4, "query heads")
+    n_kv_head: int = setting(2, "key/value heads (GQA; 1 is MQA); 0 for as many as query heads")
+    n_embd: int = setting(128, "width of the residual stream")
+    head_dim: int = setting(0, "features per head; 0 for n_embd / n_head")
+    n_hidden: int = setting(0, "hidden width of the MLP; 0 for 8/3 n_embd")
+    tie_embeddings: bool = setting(True, "input and output embeddings are one matrix")
+    qk_norm: bool = setting(False, "RMSNorm on queries and keys")
+    # optimization
+    batch_size: int = setting(16, "sequences per micro-step")
+    gradient_accumulation_steps: int = setting(1, "micro-steps per step")
+    max_iters: int = setting(600, "steps")
+    learning_rate: float = setting(3e-3, "peak learning rate")
+    min_lr: float = setting(3e-4, "learning rate at the end of the cosine")
+    warmup_iters: int = setting(50, "steps of linear warm-up")
+    weight_decay: float = setting(0.1, "AdamW weight decay, on matrices only")
+    beta1: float = setting(0.9, "AdamW beta1")
+    beta2: float = setting(0.95, "AdamW beta2")
+    grad_clip: float = setting(1.0, "largest gradient norm; 0 is off")
+    seed: int = setting(0, "seed of the weights, the order of the data, and the router")
+    # looking at it
+    eval_interval: int = setting(100, "steps between evaluations (and checkpoints)")
+    eval_iters: int = setting(8, "batches of held-out windows per evaluation, always the same ones")
+    log_interval: int = setting(10, "steps between log lines")
+    sample_interval: int = setting(0, "steps between samples of text; 0 is off")
+    # the machine
+    device: str = setting("auto", "cpu, cuda, mps, cuda:1, ...; auto takes the fastest there is")
+    dtype: str = setting(
+        "auto", "of matrix products; auto: bfloat16 where it is fast", ("auto", "float32", "bfloat16")
+    )
+    compile: bool = setting(False, "torch.compile the layers: pays on a GPU, or for long runs")
+
+
+# What a resumed run may change; everything else must be as in the checkpoint.
+FREE_ON_RESUME = {
+    *("out_dir", "init_from", "data_dir", "max_iters", "eval_interval", "eval_iters", "log_interval"),
+    *("sample_interval", "device", "dtype", "compile"),
+}
+
+
+# --- runs on disk (sample.py, sweep.py and bench.py read them through load_run) ----------------------------
+
+
+def load_checkpoint(path: Path) -> dict:
+    if not path.exists():
+        raise UserError(f"no checkpoint {path}; train one: python train.py --out_dir={path.parent}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # zip, pickle and tensor errors of a damaged file are of many kinds
+        raise UserError(f"{path} cannot be read as a checkpoint ({first_line(e)})") from e
+
+
+def load_run(out_dir: str | Path, device: str = "cpu") -> tuple[GPT, TrainConfig]:
+    """The model and the settings of a training run: its best checkpoint, or where there is none its last."""
+    folder = Path(out_dir)
+    path = folder / "best.pt"
+    checkpoint = load_checkpoint(path if path.exists() else folder / "ckpt.pt")
+    model = GPT(GPTConfig(**checkpoint["model_config"]))
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device).eval(), TrainConfig(**checkpoint["config"])
+
+
+def pick_device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name} is not to be had here ({first_line(e)}); use --device auto") from e
+    return name
+
+
+def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
+    """The dtype of matrix products, and why."""
+    if name != "auto":
+        return getattr(torch, name), "as asked"
+    if device.startswith("cuda"):
+        fast, what = (
+            torch.cuda.is_bf16_supported(including_emulation=False),
+            torch.cuda.get_device_name(device),
+        )
+    elif device == "cpu":
+        fast, what = (
+            torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+            "this CPU",
+        )
+        fast = fast and "AVX512" in torch.backends.cpu.get_cpu_capability()  # AVX2 has it emulated, and slow
+    else:
+        fast, what = False, device
+    return (torch.bfloat16, f"{what} has it") if fast else (torch.float32, f"{what} has no fast bfloat16")
+
+
+def autocast(device: str, dtype: torch.dtype):
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.split(":")[0], dtype)
+
+
+# --- evaluation -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def window_losses(
+    model: GPT, tokens: data.Tokens, n: int, batch_size: int, plan: Plan | None = None, context=nullcontext
+) -> np.ndarray:
+    """Mean loss of each of n held-out windows, in nats per token."""
+    device, was_training = model.embed.weight.device, model.training
+    model.eval()
+    rows = []
+    for x, y in tokens.held_out(n, batch_size):
+        with context():
+            rows.append(model.losses(x.to(device), y.to(device), plan).mean(dim=1).float().cpu().numpy())
+    model.train(was_training)
+    return np.concatenate(rows)
+
+
+def bits_per_byte(nats_per_token: float, tokens: data.Tokens) -> float:
+    return nats_per_token / math.log(2) / tokens.bytes_per_token
+
+
+# --- training ---------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, c: TrainConfig) -> float:
+    """Linear warm-up to the peak, then a cosine down to min_lr at max_iters."""
+    if step < c.warmup_iters:
+        return c.learning_rate * (step + 1) / (c.warmup_iters + 1)
+    done = (step - c.warmup_iters) / max(1, c.max_iters - c.warmup_iters)
+    return c.min_lr + 0.5 * (1 + math.cos(math.pi * min(done, 1))) * (c.learning_rate - c.min_lr)
+
+
+def make_optimizer(model: GPT, c: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW; weight decay for the matrices, none for norms, biases and fusion gates."""
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() != 2]
+    groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=True)
+
+
+def settings() -> tuple[TrainConfig, dict | None]:
+    """This run's settings, and the checkpoint it goes on from, if any."""
+    given = given_settings(TrainConfig, __doc__)
+    c = TrainConfig(**given)
+    checkpoint = None
+    path = Path(c.out_dir) / "ckpt.pt"
+    if c.init_from == "resume":
+        checkpoint = load_checkpoint(path)
+        for name, value in given.items():
+            if name not in FREE_ON_RESUME and value != checkpoint["config"][name]:
+                raise UserError(
+                    f"--{name} {value} contradicts {path}, trained with {checkpoint['config'][name]}; "
+                    "leave it out, or start anew in another --out_dir"
+                )
+        c = TrainConfig(**checkpoint["config"] | given)
+    elif path.exists():
+        raise UserError(
+            f"{c.out_dir} holds a run; go on with it: --init_from=resume, or choose another --out_dir"
+        )
+    for name in (
+        "batch_size",
+        "gradient_accumulation_steps",
+        "max_iters",
+        "eval_interval",
+        "eval_iters",
+        "log_interval",
+        "block_size",
+    ):
+        if getattr(c, name) < 1:
+            raise UserError(f"--{name} {getattr(c, name)} is not valid; it must be 1 or more")
+    if c.router_p and Plan.parse(c.plan, c.n_layer).spec != "full":
+        raise UserError(
+            "--router_p trains one model for all plans and --plan one for a single plan; give one of them"
+        )
+    return c, checkpoint
+
+
+def git_commit() -> str | None:
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        return (
+            subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+            or None
+        )
+    except OSError:
+        return None
+
+
+class Log:
+    """log.jsonl: one object a line. A resumed run drops the lines after its checkpoint."""
+
+    def __init__(self, path: Path, step: int):
+        lines = path.read_text().splitlines() if step and path.exists() else []
+        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+        self.file = open(path, "a")
+
+    def __call__(self, **row):
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+
+def main():
+    c, checkpoint = settings()
+    device = pick_device(c.device)
+    dtype, reason = pick_dtype(c.dtype, device)
+    router = StochasticRouter(c.n_layer, c.router_p, c.seed) if c.router_p else None
+    folder = Path(c.data_dir) / c.dataset
+    if not folder.exists():
+        data.prepare_dataset(c.dataset, folder)
+    train, val = (data.Tokens(folder, split, c.block_size) for split in ("train", "val"))
+
+    shape = {f.name: getattr(c, f.name) for f in fields(GPTConfig) if hasattr(c, f.name)}
+    torch.manual_seed(c.seed)
+    model = GPT(GPTConfig(**shape, vocab_size=train.meta["vocab_size"]))
+    model.resolve(model.plan)
+    start, best, done_before = 0, math.inf, 0.0
+    if checkpoint:
+        if checkpoint["model_config"] != asdict(model.config):
+            raise UserError(
+                f"the corpus {folder} is not the one that {c.out_dir} was trained on: vocabularies differ"
+            )
+        model.load_state_dict(checkpoint["model"])
+        start, best, done_before = checkpoint["step"], checkpoint["best_val_loss"], checkpoint["time"]
+    model.to(device)
+    optimizer = make_optimizer(model, c)
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    if c.compile:
+        kernels.compile_model(model)
+
+    out = Path(c.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("meta.json", "tokenizer.tiktoken"):  # so that a run can be sampled without its corpus
+        if (folder / name).exists():
+            shutil.copyfile(folder / name, out / name)
+    (out / "config.json").write_text(json.dumps(asdict(c), indent=1) + "\n")
+    n_params = sum(p.numel() for p in model.parameters())
+    tokens_per_step = c.batch_size * c.gradient_accumulation_steps * c.block_size
+    info = {
+        "command": " ".join(sys.argv), "commit": git_commit(), "python": platform.python_version(),
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": str(dtype),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "parameters": n_params, "plan": model.plan.spec,
+        "corpus": train.meta["train"]["sha256"],
+    }  # fmt: skip
+    (out / "run.json").write_text(json.dumps(info, indent=1) + "\n")
+    how = f"stochastic routing, p = {c.router_p}" if router else f"plan {c.plan}"
+    print(f"{c.out_dir}: {n_params:,} parameters, {how}, {c.max_iters} steps of {tokens_per_step:,} tokens")
+    print(
+        f"{info['device']}, {str(dtype).removeprefix('torch.')} ({reason}), "
+        f"{'compiled' if c.compile else 'not compiled'}"
+    )
+    if start:
+        print(f"resumed after step {start}")
+
+    log = Log(out / "log.jsonl", start)
+    interrupted = []
+
+    def interrupt(signum, frame):  # finish the step, save, leave; a second signal leaves at once
+        interrupted.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, interrupt)
+
+    def save(step: int, is_best: bool):
+        """Written beside and renamed: a reader finds the old file or the new one, never half of one."""
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "best_val_loss": best,
+        }
+        state |= {"config": asdict(c), "model_config": asdict(model.config), "time": clock()}
+        for name in ("best.pt", "ckpt.pt") if is_best else ("ckpt.pt",):
+            torch.save(state, out / "save.tmp")
+            os.replace(out / "save.tmp", out / name)
+
+    def clock() -> float:
+        return done_before + time.time() - began
+
+    began = time.time()
+    timed_steps, timed_since = 0, began  # training only: evaluation is left out of tokens/s
+    for step in range(start, c.max_iters + 1):
+        paused = time.time()
+        due = step % c.eval_interval == 0 or step == c.max_iters
+        is_best = False
+        if due and not (checkpoint and step == start):  # that one is on record
+            n = c.eval_iters * c.batch_size
+            loss = float(
+                window_losses(model, val, n, c.batch_size, context=lambda: autocast(device, dtype)).mean()
+            )
+            bpb, is_best, best = bits_per_byte(loss, val), loss < best, min(loss, best)
+            log(step=step, val_loss=loss, val_bpb=bpb, tokens=step * tokens_per_step, time=clock())
+            print(f"step {step:5}  val {loss:.4f} nats/token  {bpb:.4f} bits/byte", flush=True)
+        if step > start and (due or interrupted):
+            save(step, is_best)
+        if c.sample_interval and step > start and step % c.sample_interval == 0:
+            show_sample(model, out, device)
+        timed_since += time.time() - paused
+        if step == c.max_iters or interrupted:
+            break
+
+        lr = learning_rate(step, c)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        total, plans = 0.0, []
+        for micro in range(step * c.gradient_accumulation_steps, (step + 1) * c.gradient_accumulation_steps):
+            x, y = train.batch(micro, c.batch_size, c.seed)
+            plan = router.plan(micro) if router else None
+            with autocast(device, dtype):
+                loss = model(x.to(device), y.to(device), plan=plan)[1] / c.gradient_accumulation_steps
+            loss.backward()
+            total += loss.detach()
+            plans += [plan.spec] if router else []
+        if c.grad_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        timed_steps += 1
+
+        done = step + 1
+        if done % c.log_interval == 0 or done == c.max_iters:
+            total = float(total)
+            speed = timed_steps * tokens_per_step / (time.time() - timed_since)
+            row = {
+                "step": done,
+                "train_loss": total,
+                "lr": lr,
+                "tokens": done * tokens_per_step,
+                "tokens_per_s": speed,
+            }
+            log(**row, time=clock(), **({"plans": plans} if router else {}))
+            left = duration((c.max_iters - done) * tokens_per_step / speed)
+            drawn = f"  read {plans[-1]}" if router else ""
+            print(
+                f"step {done:5}  loss {total:.4f}  lr {lr:.1e}  {speed:,.0f} tokens/s  {left} left{drawn}",
+                flush=True,
+            )
+
+    if interrupted:
+        print(
+            f"stopped and saved after step {step}; go on: "
+            f"python train.py --out_dir={c.out_dir} --init_from=resume"
+        )
+        sys.exit(128 + interrupted[0])
+    print(
+        f"{c.out_dir}: {duration(clock())}, best val {best:.4f} nats/token, "
+        f"{bits_per_byte(best, val):.4f} bits/byte"
+    )
+
+
+def show_sample(model: GPT, out: Path, device: str):
+    """A few lines of text, uncompiled: sampling changes shapes at every step."""
+    enc = data.load_tokenizer(out)
+    prompt = torch.tensor([[enc.eot_token]], device=device)
+    with torch.compiler.set_stance("force_eager"):
+        ids = model.generate(prompt, min(64, model.config.block_size - 1), temperature=0.8, top_k=50, seed=0)
+    print("  | " + enc.decode(ids[0, 1:].tolist()).replace("\n", "\n  | "), flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
