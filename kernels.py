@@ -33,14 +33,25 @@ def attention(
     vs: Sequence[Tensor],
     k_gates: Tensor | None = None,
     v_gates: Tensor | None = None,
+    strict: bool = False,
 ) -> Tensor:
     """Causal attention of q (B, n_head, T, d) over one or several fused sources of keys and of values, each
     (B, n_kv_head, S, d), with gates as in `fuse`. Returns (B, n_head, T, d).
 
     Many queries: fuse, then attend, since attention is compute-bound. One query: reading the cache is what
     takes the time, so the gates move to the query and the output and every stored byte is read once,
-        q . (a0 K0 + a1 K1) = (q a0) . K0 + (q a1) . K1      P (b0 V0 + b1 V1) = b0 (P V0) + b1 (P V1)."""
+        q . (a0 K0 + a1 K1) = (q a0) . K0 + (q a1) . K1      P (b0 V0 + b1 V1) = b0 (P V0) + b1 (P V1).
+
+    `strict`: a query does not see its own position. Without the last key, ordinary causal attention is just
+    that; the first position of all then sees nothing, and its output is zero."""
     (B, n_head, T, d), (n_kv_head, S) = q.shape, ks[0].shape[1:3]
+    if strict:
+        ks, vs = ([x[:, :, :-1] for x in xs] for xs in (ks, vs))
+        if S > T:
+            return attention(q, ks, vs, k_gates, v_gates)
+        if T == 1:
+            return torch.zeros_like(q)
+        return F.pad(attention(q[:, :, 1:], ks, vs, k_gates, v_gates), (0, 0, 1, 0))
     if T > 1 or S == 1:
         k, v = fuse(ks, k_gates), fuse(vs, v_gates)
         mask = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)

@@ -84,7 +84,25 @@ class Plan:
     @property
     def cyclic(self) -> bool:
         """Whether some layer reads a layer above it (whose KV is computed later)."""
-        return any(max(r.k + r.v) > i for i, r in enumerate(self.routes))
+        return any(self.strict(i) for i in range(len(self)))
+
+    @cached_property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """What runs in turn: (i, i) is a layer that runs once; (lo, hi), lo < hi, are layers bound by reads
+        of higher layers, which iterate: from one that reads above itself up to the highest layer that any
+        layer in between reads (arXiv 2410.14442)."""
+        segments, lo = [], 0
+        while lo < len(self):
+            i = hi = lo
+            while i <= hi:
+                hi, i = max(hi, *self[i].k, *self[i].v), i + 1
+            segments.append((lo, hi))
+            lo = hi + 1
+        return tuple(segments)
+
+    def strict(self, layer: int) -> bool:
+        """Whether a layer reads above itself, and so sees only the positions before its own."""
+        return max(self[layer].k + self[layer].v) > layer
 
     @property
     def last_full_layer(self) -> int:
@@ -96,14 +114,18 @@ class Plan:
         `k` and `v` apart where they come from different layers."""
         width = max(3, len(str(len(self) - 1)) + 1)
         lines = ["layer reads from" + "".join(f"{j:>{width}}" for j in range(len(self))) + "   stores"]
+        iterated = {
+            i: f"iterated {lo}-{hi}" for lo, hi in self.segments if lo < hi for i in range(lo, hi + 1)
+        }
         for i in reversed(range(len(self))):
             cells = ""
             for j in range(len(self)):
                 mark = "k" * (j in self[i].k) + "v" * (j in self[i].v) or "."
                 cells += f"{mark.upper() if i == j else mark:>{width}}"
             stores = "K" * (i in self.k_layers) + "V" * (i in self.v_layers) or "-"
-            note = "   <- last layer to see the whole prompt" if i == self.last_full_layer else ""
-            lines.append(f"{i:>16}{cells}   {stores:6}{note}".rstrip())
+            notes = [iterated[i]] if i in iterated else []
+            notes += ["<- last layer to see the whole prompt"] if i == self.last_full_layer else []
+            lines.append(f"{i:>16}{cells}   {stores:6}   {'  '.join(notes)}".rstrip())
         return "\n".join(lines)
 
 
@@ -220,12 +242,13 @@ class StochasticRouter:
     """Random cross-layer attention (arXiv 2604.22782): the plan a training step runs under.
 
     Every layer i >= 1 keeps its own KV with probability 1 - p and otherwise reads that of a layer drawn
-    uniformly from 0 .. i-1. `plan(step)` is a pure function of (seed, step): a resumed run and every
-    rank of a distributed one draw the same."""
+    uniformly from 0 .. i-1; with `above`, every layer does and draws from all others. `plan(step)` is a
+    pure function of (seed, step): a resumed run and every rank of a distributed one draw the same."""
 
     n_layer: int
     p: float
     seed: int = 0
+    above: bool = False
 
     def __post_init__(self):
         if not 0 <= self.p <= 1:
@@ -233,7 +256,10 @@ class StochasticRouter:
 
     def plan(self, step: int) -> Plan:
         rng = random.Random(f"{self.seed}:{step}")  # seeded by the string's SHA-512: the same everywhere
-        sources = [rng.randrange(i) if i and rng.random() < self.p else i for i in range(self.n_layer)]
+        sources = []
+        for i in range(self.n_layer):
+            others = [j for j in range(self.n_layer if self.above else i) if j != i]
+            sources.append(rng.choice(others) if others and rng.random() < self.p else i)
         return Plan(tuple(_read(sources)))
 
 
@@ -243,7 +269,8 @@ class StochasticRouter:
 @dataclass(kw_only=True)
 class Shape:
     """The sizes that costs depend on. Zero means: n_kv_head = n_head, head_dim = n_embd / n_head,
-    n_hidden = 8/3 n_embd rounded up to a multiple of 32 (SwiGLU at the size of a 4x MLP)."""
+    n_hidden = 8/3 n_embd rounded up to a multiple of 32 (SwiGLU at the size of a 4x MLP). Layers that iterate
+    do so `forward_passes` times without and `backward_passes` times with gradient."""
 
     vocab_size: int = 4096
     n_layer: int = 8
@@ -255,12 +282,16 @@ class Shape:
     tie_embeddings: bool = True
     qk_norm: bool = False
     qkv_bias: bool = False
+    forward_passes: int = 7
+    backward_passes: int = 2
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
-        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
+        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "backward_passes"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} {getattr(self, name)} is not valid; it must be 1 or more")
+        if self.forward_passes < 0:
+            raise PlanError(f"forward_passes {self.forward_passes} is not valid; it must be 0 or more")
         if not self.head_dim and self.n_embd % self.n_head:
             raise PlanError(
                 f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; change one or set head_dim"
@@ -285,6 +316,7 @@ class Costs:
     cache_bytes_per_token: int  # one sequence's, over all layers
     decode_bytes: int  # read per decode step: weights once, and each layer's sources over the context
     prefill_flops: int  # for one prompt of `context` tokens, with early exit above plan.last_full_layer
+    train_flops: int  # forward and backward over one sequence of `context` tokens
 
 
 def costs(plan: Plan, shape: Shape, context: int = 8192, batch: int = 1, bytes_per_value: int = 2) -> Costs:
@@ -292,30 +324,48 @@ def costs(plan: Plan, shape: Shape, context: int = 8192, batch: int = 1, bytes_p
     weights counted too). A multiply-add is 2 FLOPs; norms, RoPE and softmax are left out.
 
     A layer that fuses m sources reads all m of them at decode (gates folded into query and output); over a
-    whole prompt it fuses first and then attends once."""
+    whole prompt it fuses first and then attends once. Layers that iterate pay for every pass in training
+    and, at most, in prefill; decode runs them once."""
     s, C, d = shape, shape.n_embd, shape.head_dim
     kv_width, q_width = s.n_kv_head * d, s.n_head * d
     stored_values = kv_width * (len(plan.k_layers) + len(plan.v_layers))  # per token
 
-    params = prefill = 0
+    params = 0
+    kv, rest, row = (
+        [],
+        [],
+        [],
+    )  # FLOPs of each layer: own KV of one position; all else of one; one query's reads
     for i, route in enumerate(plan.routes):
-        kv = (C + s.qkv_bias) * kv_width * ((i in plan.k_layers) + (i in plan.v_layers))
-        rest = (C + s.qkv_bias) * q_width + q_width * C + 3 * C * s.n_hidden
+        has_k, has_v = i in plan.k_layers, i in plan.v_layers
+        own = (C + s.qkv_bias) * kv_width * (has_k + has_v)
+        others = (C + s.qkv_bias) * q_width + q_width * C + 3 * C * s.n_hidden
         gates = sum(kv_width // half * len(g) for g, half in ((route.k, 2), (route.v, 1)) if len(g) > 1)
-        params += kv + rest + gates + 2 * C + s.qk_norm * d * (1 + (i in plan.k_layers))
-        one_row = 2 * q_width * context * (len(route.k) + len(route.v))
-        if i < plan.last_full_layer:
-            prefill += 2 * (kv + rest) * context + 4 * q_width * context * (context + 1) // 2
-        else:
-            prefill += 2 * kv * (context if i == plan.last_full_layer else 1) + 2 * rest + one_row
+        params += own + others + gates + 2 * C + s.qk_norm * d * (1 + has_k)
+        kv.append(2 * own)
+        rest.append(2 * others)
+        row.append(2 * q_width * (len(route.k) + len(route.v)))
     table = s.vocab_size * C
     params += C + table * (1 if s.tie_embeddings else 2)
+
+    T = context
+    attend = 4 * q_width * T * (T + 1) // 2  # causal attention of all T queries over one (fused) K and V
+    prefill, train = 2 * table, 3 * 2 * table * T
+    for lo, hi in plan.segments:
+        one_pass = T * kv[hi] + sum(T * (kv[i] + rest[i]) + attend for i in range(lo, hi))
+        m, b = (s.forward_passes, s.backward_passes) if lo < hi else (0, 1)
+        train += (m + 3 * b) * one_pass + 3 * (T * rest[hi] + attend)  # a backward costs two forwards
+        if hi < plan.last_full_layer:
+            prefill += (m + b) * one_pass + T * rest[hi] + attend
+        else:  # above the highest stored layer only the last position goes on
+            prefill += ((m + b) * one_pass if hi == plan.last_full_layer else kv[hi]) + rest[hi] + T * row[hi]
     reads = sum(len(r.k) + len(r.v) for r in plan.routes) * kv_width * context * batch
     return Costs(
         params=params,
         cache_bytes_per_token=stored_values * bytes_per_value,
         decode_bytes=(params - (0 if s.tie_embeddings else table) + reads) * bytes_per_value,
-        prefill_flops=prefill + 2 * table,
+        prefill_flops=prefill,
+        train_flops=train,
     )
 
 
@@ -363,12 +413,14 @@ def main():
         ("cache in all", a.cache_bytes_per_token * total, b.cache_bytes_per_token * total, "B"),
         ("read per decode step", a.decode_bytes, b.decode_bytes, "B"),
         ("prefill of one prompt", a.prefill_flops, b.prefill_flops, "FLOP"),
+        ("training on one", a.train_flops, b.train_flops, "FLOP"),
     ]
     print(f"{f'{args.context} tokens x {args.batch}':24}{'this plan':>12}{'full':>12}{'ratio':>8}")
     for name, x, y, unit in rows:
         print(f"{name:24}{human(x, unit):>12}{human(y, unit):>12}{x / y:>8.3f}")
     if plan.cyclic:
-        print("\ncyclic: some layer reads one above it; the prefill figure is for a single pass")
+        passes = f"{shape.forward_passes} passes without and {shape.backward_passes} with gradient"
+        print(f"\ncyclic: the iterated layers take {passes}; prefill stops sooner where their KV settles")
 
 
 if __name__ == "__main__":

@@ -64,12 +64,14 @@ class Attention(nn.Module):
     def value(self, x: Tensor) -> Tensor:
         return self._heads(self.v_proj(x))  # (B, nkv, T, d)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, ks: list[Tensor], vs: list[Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, ks: list[Tensor], vs: list[Tensor], strict: bool
+    ) -> Tensor:
         q = self._heads(self.q_proj(x))
         q = kernels.rotate(self.q_norm(q) if self.q_norm else q, cos, sin)  # (B, nh, T, d)
         k_gate = torch.cat((self.k_gate, self.k_gate), dim=-1) if len(ks) > 1 else None
         v_gate = self.v_gate if len(vs) > 1 else None
-        y = kernels.attention(q, ks, vs, k_gate, v_gate)  # (B, nh, T, d)
+        y = kernels.attention(q, ks, vs, k_gate, v_gate, strict)  # (B, nh, T, d)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -100,22 +102,25 @@ class Block(nn.Module):
         return h, self.attn.key(h, cos, sin) if need_k else None, self.attn.value(h) if need_v else None
 
     def forward(
-        self, x: Tensor, h: Tensor, cos: Tensor, sin: Tensor, ks: list[Tensor], vs: list[Tensor]
+        self, x: Tensor, h: Tensor, cos: Tensor, sin: Tensor, ks: list[Tensor], vs: list[Tensor], strict: bool
     ) -> Tensor:
-        x = x + self.attn(h, cos, sin, ks, vs)
+        x = x + self.attn(h, cos, sin, ks, vs, strict)
         return x + self.mlp(self.norm2(x))
 
 
 class KVCache:
     """The keys and values of up to `max_len` positions, for exactly the layers that `plan` stores.
 
-    `k[i]`, `v[i]`: (B, nkv, max_len, d), filled below position `length`. `bytes` is what is allocated."""
+    `k[i]`, `v[i]`: (B, nkv, max_len, d), filled below position `length`. `bytes` is what is allocated.
+    `passes` and `change`: how often a cyclic plan's layers ran over the newest positions, and by how much,
+    relative to the largest, the last pass still changed their KV."""
 
     def __init__(
         self, config: GPTConfig, plan: Plan, batch_size: int, max_len: int, dtype=torch.float32, device="cpu"
     ):
         shape = (batch_size, config.n_kv_head, max_len, config.head_dim)
         self.plan, self.max_len, self.length = plan, max_len, 0
+        self.passes, self.change = 1, 0.0
         self.k = {i: torch.zeros(shape, dtype=dtype, device=device) for i in plan.k_layers}
         self.v = {i: torch.zeros(shape, dtype=dtype, device=device) for i in plan.v_layers}
 
@@ -188,10 +193,6 @@ class GPT(nn.Module):
             raise PlanError(
                 f"plan {plan.spec!r} is for {len(plan)} layers and the model has {self.config.n_layer}"
             )
-        if plan.cyclic:
-            raise PlanError(
-                f"plan {plan.spec!r} is cyclic (a layer reads one above it), which cannot run yet"
-            )
         this = f"this model, built for {self.plan.spec!r},"
         for i, (built, asked) in enumerate(zip(self.plan.routes, plan.routes)):
             for kind, have, gates, want in (
@@ -212,30 +213,80 @@ class GPT(nn.Module):
         return plan
 
     def hidden(
-        self, idx: Tensor, plan: Plan, cache: KVCache | None = None, last_only: bool = False
+        self,
+        idx: Tensor,
+        plan: Plan,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+        passes: int | None = None,
     ) -> Tensor:
         """The residual stream above the last layer, (B, T, C), or with `last_only` (B, 1, C) of the last
-        position: nothing above the highest stored layer needs the others, so there they stop."""
+        position: nothing above the highest stored layer needs the others, so there they stop.
+
+        Layers bound by reads of higher ones (`plan.segments`) iterate, all passes from the same input, each
+        reading the higher layers' KV of the pass before and the first one zeros (arXiv 2410.14442): at most
+        `passes` times, by default forward_passes + backward_passes, of which the last backward_passes carry
+        gradients. After pass n the first n positions are exact, so T passes, or one of a single position,
+        always suffice; without gradients iteration stops when the KV has settled."""
+        c = self.config
+        B, T = idx.shape
         start = cache.length if cache is not None else 0
-        end = start + idx.size(1)
-        if end > self.config.block_size or (cache is not None and end > cache.max_len):
-            room = self.config.block_size if cache is None else min(self.config.block_size, cache.max_len)
+        if start + T > c.block_size or (cache is not None and start + T > cache.max_len):
+            room = c.block_size if cache is None else min(c.block_size, cache.max_len)
             raise ValueError(
-                f"{end} positions do not fit the context of {room}; shorten the prompt or ask for less"
+                f"{start + T} positions do not fit the context of {room}; shorten the prompt or ask for less"
             )
-        cos, sin = self.cos[start:end], self.sin[start:end]
-        ks, vs = {}, {}
+        cos, sin = self.cos[start : start + T], self.sin[start : start + T]
+        ks, vs = {}, {}  # layer -> its keys, values, (B, nkv, start + T, d)
+
+        def put(i: int, k: Tensor | None, v: Tensor | None):
+            ks[i], vs[i] = (k, v) if cache is None else cache.append(i, k, v)
+
+        def own_kv(i: int, x: Tensor) -> Tensor:
+            h, k, v = self.blocks[i].kv(x, cos, sin, i in plan.k_layers, i in plan.v_layers)
+            put(i, k, v)
+            return h
+
+        def finish(i: int, x: Tensor, h: Tensor) -> Tensor:
+            sources = [ks[j] for j in plan[i].k], [vs[j] for j in plan[i].v]
+            return self.blocks[i](x, h, cos, sin, *sources, plan.strict(i))
+
         x = self.embed(idx)  # (B, T, C)
-        for i, (block, route) in enumerate(zip(self.blocks, plan.routes)):
-            h, ks[i], vs[i] = block.kv(x, cos, sin, i in plan.k_layers, i in plan.v_layers)
-            if cache is not None:
-                ks[i], vs[i] = cache.append(i, ks[i], vs[i])
-            if last_only and i == plan.last_full_layer:
+        grad = torch.is_grad_enabled()
+        for lo, hi in plan.segments:
+            limit, without = 1, 0
+            if lo < hi:
+                limit = min(T, passes or c.forward_passes + c.backward_passes)
+                without = limit - min(limit, passes or c.backward_passes)
+                none = x.new_zeros(B, c.n_kv_head, T, c.head_dim)
+                for i in range(lo, hi + 1):
+                    put(i, none if i in plan.k_layers else None, none if i in plan.v_layers else None)
+            first = x
+            for n in range(limit):
+                before = None if grad or limit == 1 else self._new_kv(ks, vs, lo, hi, T)
+                with torch.set_grad_enabled(grad and n >= without):
+                    x = first
+                    for i in range(lo, hi):
+                        x = finish(i, x, own_kv(i, x))
+                    h = own_kv(hi, x)
+                if before is not None:
+                    change = (self._new_kv(ks, vs, lo, hi, T) - before).abs().max() / before.abs().max()
+                    if cache is not None:
+                        cache.passes, cache.change = n + 1, float(change)
+                    if change <= 4 * torch.finfo(before.dtype).eps:
+                        break
+            if last_only and hi == plan.last_full_layer:
                 x, h, cos, sin = x[:, -1:], h[:, -1:], cos[-1:], sin[-1:]
-            x = block(x, h, cos, sin, [ks[j] for j in route.k], [vs[j] for j in route.v])
+            x = finish(hi, x, h)
         if cache is not None:
-            cache.length = end
+            cache.length = start + T
         return x
+
+    @staticmethod
+    def _new_kv(ks: dict, vs: dict, lo: int, hi: int, T: int) -> Tensor:
+        """A copy of the last T positions of all keys and values of layers lo .. hi."""
+        stored = [x[i] for x in (ks, vs) for i in range(lo, hi + 1) if x[i] is not None]
+        return torch.stack([t[:, :, -T:] for t in stored])
 
     def forward(
         self,
@@ -261,9 +312,12 @@ class GPT(nn.Module):
     def head_losses(self, x: Tensor, targets: Tensor) -> Tensor:
         return kernels.cross_entropy(self.norm(x), self.lm_head.weight, targets)
 
-    def logits(self, idx: Tensor, plan: Plan | str | None = None) -> Tensor:
-        """Logits of every position, (B, T, vocab), in one pass without a cache."""
-        return self.lm_head(self.norm(self.hidden(idx, self.resolve(plan))))
+    def logits(self, idx: Tensor, plan: Plan | str | None = None, passes: int | None = None) -> Tensor:
+        """Logits of every position, (B, T, vocab), without a cache. A cyclic plan iterates `passes` times, by
+        default until it is exact; passes below 1 raise ValueError."""
+        if passes is not None and passes < 1:
+            raise ValueError(f"passes {passes} is not valid; it must be 1 or more")
+        return self.lm_head(self.norm(self.hidden(idx, self.resolve(plan), passes=passes or idx.size(1))))
 
     @torch.no_grad()
     def stream(
@@ -275,19 +329,25 @@ class GPT(nn.Module):
         plan: Plan | str | None = None,
         seed: int | None = None,
         cache: KVCache | None = None,
+        exact_prefill: bool = False,
     ) -> Iterator[Tensor]:
         """Continue idx (B, T): prefill once, then one position a step with the cache. Yields each new column
-        (B, 1). Temperature 0 is greedy. Raises ValueError when T + max_new_tokens exceeds the context."""
+        (B, 1). Temperature 0 is greedy. `exact_prefill` feeds the prompt token by token, which for cyclic
+        plans is the exact result whatever the number of passes. Raises ValueError when T + max_new_tokens
+        exceeds the context."""
         B, T = idx.shape
         if T < 1 or T + max_new_tokens > self.config.block_size:
             raise ValueError(
                 f"a prompt of {T} tokens and {max_new_tokens} new ones do not fit the context of "
                 f"{self.config.block_size} tokens (1 prompt token at least)"
             )
-        plan = self.resolve(plan)
+        plan = cache.plan if plan is None and cache is not None else self.resolve(plan)
         if cache is None:
             cache = KVCache(self.config, plan, B, T + max_new_tokens, self.embed.weight.dtype, idx.device)
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+        for t in range(T - 1 if exact_prefill else 0):
+            self(idx[:, t : t + 1], plan=plan, cache=cache)
+        idx = idx[:, -1:] if exact_prefill else idx
         for _ in range(max_new_tokens):
             logits = self(idx, plan=plan, cache=cache)[0][:, -1].float()  # (B, vocab)
             if temperature == 0:

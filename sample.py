@@ -36,6 +36,9 @@ def main():
         "--top_k", type=int, default=50, help="sample among the k likeliest tokens; 0 for all [50]"
     )
     parser.add_argument("--seed", type=int, default=0, help="the same for every plan [0]")
+    parser.add_argument(
+        "--exact_prefill", action="store_true", help="feed the prompt token by token (exact for cyclic plans)"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... [auto]")
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of weights and cache [auto]"
@@ -50,7 +53,7 @@ def main():
     model.to(dtype)
     enc = data.load_tokenizer(args.out_dir)
     text = data.read_text(Path(args.start[5:])) if args.start.startswith("FILE:") else args.start
-    prompt = [enc.eot_token, *enc.encode_ordinary(text)] if not text else enc.encode_ordinary(text)
+    prompt = enc.encode_ordinary(text) or [enc.eot_token]
     room = model.config.block_size - args.max_new_tokens
     if len(prompt) > room:
         raise UserError(
@@ -68,20 +71,25 @@ def main():
             decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span several tokens
             times = [time.perf_counter()]
             for token in model.stream(
-                idx, args.max_new_tokens, args.temperature, args.top_k or None, plan, args.seed + i, cache
+                idx,
+                args.max_new_tokens,
+                temperature=args.temperature,
+                top_k=args.top_k or None,
+                seed=args.seed + i,
+                cache=cache,
+                exact_prefill=args.exact_prefill,
             ):
                 print(decoder.decode(enc.decode_single_token_bytes(token.item())), end="", flush=True)
                 times.append(time.perf_counter())
             print(decoder.decode(b"", final=True))
-            speed = (
-                f", then {(len(times) - 2) / (times[-1] - times[1]):.0f} tokens/s" if len(times) > 2 else ""
-            )
-            whole = cache.bytes / plan.cache_ratio
-            print(
-                f"--- {spec}: first token after {1e3 * (times[1] - times[0]):.0f} ms{speed}; cache "
-                f"{human(cache.bytes, 'B')} of {human(whole, 'B')} ({plan.cache_ratio:.1%}) "
-                f"for {cache.max_len} tokens\n"
-            )
+            notes = f"first token after {1e3 * (times[1] - times[0]):.0f} ms"
+            if plan.cyclic and not args.exact_prefill:
+                notes += f" ({cache.passes} passes, the last changed the prompt's KV by {cache.change:.1g})"
+            if len(times) > 2:
+                notes += f", then {(len(times) - 2) / (times[-1] - times[1]):.0f} tokens/s"
+            whole = human(cache.bytes / plan.cache_ratio, "B")
+            notes += f"; cache {human(cache.bytes, 'B')} of {whole} ({plan.cache_ratio:.1%})"
+            print(f"--- {spec}: {notes} for {cache.max_len} tokens\n")
 
 
 if __name__ == "__main__":

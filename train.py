@@ -45,6 +45,9 @@ class TrainConfig:
     router_p: float = setting(
         0.0, "stochastic KV routing: chance that a layer reads a random lower layer's KV; 0 is off"
     )
+    router_above: bool = setting(False, "stochastic routing may also read layers above, which iterates")
+    forward_passes: int = setting(7, "cyclic plans: passes without gradient")
+    backward_passes: int = setting(2, "cyclic plans: passes with gradient, after those")
     block_size: int = setting(256, "context length, in tokens")
     n_layer: int = setting(8, "layers")
     n_head: int = setting(4, "query heads")
@@ -248,7 +251,7 @@ def main():
     c, checkpoint = settings()
     device = pick_device(c.device)
     dtype, reason = pick_dtype(c.dtype, device)
-    router = StochasticRouter(c.n_layer, c.router_p, c.seed) if c.router_p else None
+    router = StochasticRouter(c.n_layer, c.router_p, c.seed, c.router_above) if c.router_p else None
     folder = Path(c.data_dir) / c.dataset
     if not folder.exists():
         data.prepare_dataset(c.dataset, folder)

@@ -161,7 +161,9 @@ def test_mistakes_get_one_line_and_leave_nothing(corpus, tmp_path, refused, trai
 
     assert "no such plan" in bad(plan="nope")
     assert "layer '9' is not valid" in bad(plan="keep:0,9")
-    assert "cyclic" in bad(plan="lasagna-top:2")
+    assert "number of KV layers '5' is not valid" in bad(plan="sandwich-top:5")
+    assert "backward_passes 0 is not valid" in bad(backward_passes=0)
+    assert "forward_passes -1 is not valid" in bad(forward_passes=-1)
     assert "not a probability" in bad(router_p=1.5)
     assert "give one of them" in bad(router_p=0.5, plan="yoco")
     assert "must be 1 or more" in bad(batch_size=0)
@@ -252,7 +254,7 @@ def test_sample_does_not_break_characters(trained, script, monkeypatch):
     ids = enc.encode_ordinary("日本語 🎉")
     assert len(ids) > 4
 
-    def stream(self, idx, n, *args):
+    def stream(self, idx, n, **options):
         yield from (torch.tensor([[i]]) for i in ids)
 
     monkeypatch.setattr(train.GPT, "stream", stream)
