@@ -7,7 +7,7 @@ DEMO := out/demo
 # A run that was stopped goes on where it was; a finished one is left alone.
 from = --init_from=$(if $(wildcard $(DEMO)/$(1)/ckpt.pt),resume,scratch)
 
-.PHONY: demo test clean
+.PHONY: demo test
 
 demo: .venv/installed
 	$(PY) train.py config/demo.toml --out_dir=$(DEMO)/normal $(call from,normal)
@@ -30,6 +30,3 @@ test: .venv/installed-dev
 .venv/installed-dev: requirements-dev.txt .venv/installed
 	$(PY) -m pip install -q --disable-pip-version-check -r requirements-dev.txt
 	touch $@
-
-clean:
-	rm -rf .venv data out

@@ -31,15 +31,14 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
+        flags = list(self._option_string_actions)
         words = []
         for word in sys.argv[1:] if args is None else args:
             name, equals, value = word.partition("=")
-            words.append(
-                name.replace("-", "_").replace("__", "--", 1) + equals + value if word[:2] == "--" else word
-            )
+            flag = "--" + name[2:].replace("-", "_")
+            words.append(flag + equals + value if name[:2] == "--" and flag in flags else word)
         parsed, unknown = self.parse_known_args(words)
         if unknown:
-            flags = list(self._option_string_actions)
             self.error(
                 f"unknown argument {unknown[0]}{suggest(unknown[0].split('=')[0], flags)} (--help lists all)"
             )
@@ -52,17 +51,26 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[[], None]):
     """Run a script's main(); a user's mistake becomes one line and exit status 2."""
     name = os.path.basename(sys.argv[0])
+    if hasattr(
+        sys.stdout, "reconfigure"
+    ):  # generated text must not stop a run where the terminal lacks a letter
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except (UserError, PlanError) as e:
         print(f"{name}: error: {e}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{name}: stopped", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # the reader (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as e:  # no space, no permission, a file where a folder should be
+        if e.filename is None and e.errno is None:
+            raise
+        print(f"{name}: error: {e.filename or 'the disk'}: {e.strerror}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 def setting(default, help: str, choices: Sequence | None = None):
@@ -79,6 +87,7 @@ def _boolean(text: str) -> bool:
 def given_settings(cls, description: str) -> dict:
     """The settings of dataclass `cls` that the user gave: from a TOML file, if named, then from flags."""
     parser = Parser(description)
+    parser.usage = "%(prog)s [config/x.toml] [--key=value ...]"
     parser.add_argument("config", nargs="?", help="a TOML file of settings, for example config/demo.toml")
     for f in fields(cls):
         kind = {"type": _boolean, "nargs": "?", "const": True} if f.type is bool else {"type": f.type}
@@ -133,7 +142,7 @@ class Progress:
 
     def __init__(self, what: str, total: float | None = None):
         self.what, self.total, self.start, self.shown = what, total, time.time(), 0.0
-        self.live = sys.stderr.isatty()
+        self.live, self.open = sys.stderr.isatty(), False
 
     def __call__(self, done: float, note: str = ""):
         now, finished = time.time(), self.total is not None and done >= self.total
@@ -145,4 +154,11 @@ class Progress:
             left = duration(spent * (self.total / done - 1)) if done else "?"
             text = f"{self.what} {done / self.total:4.0%} {note}  {left} left"
         end = "\n" if finished or not self.live else ""
+        self.open = not end
         print(f"\r{text:<78}" if self.live else text, end=end, file=sys.stderr, flush=True)
+
+    def close(self):
+        """End a line that is still open, so that what comes next starts on its own."""
+        if self.open:
+            print(file=sys.stderr, flush=True)
+        self.open = False

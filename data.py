@@ -9,6 +9,7 @@ python data.py --hf NAME [--split S --column C]       a Hugging Face dataset, or
 import base64
 import hashlib
 import heapq
+import http.client
 import itertools
 import json
 import os
@@ -34,7 +35,7 @@ from cli import Parser, Progress, UserError, first_line, run
 # punctuation, line ends, indentation. Written so that Python's re and tiktoken's regex engine both read it.
 PATTERN = r" ?[^\W\d_]+|\d{1,3}| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"
-BPE_SAMPLE_BYTES = 100_000_000  # enough text to learn merges from; more changes little and takes memory
+BPE_SAMPLE = 100_000_000  # characters: enough text to learn merges from; more changes little and takes memory
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
@@ -63,7 +64,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     heapq.heapify(queue)
 
     tokens = [bytes([b]) for b in range(256)]
+    progress = Progress("learning merges", vocab_size - 257)
     while queue and len(tokens) < vocab_size - 1:
+        progress(len(tokens) - 256)
         n, pair = heapq.heappop(queue)
         if -n != count[pair]:
             continue
@@ -87,6 +90,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
         for p in changed:
             if count[p] > 0:
                 heapq.heappush(queue, (-count[p], p))
+    progress.close()
     ranks = {}
     for token in tokens:  # two merges can spell the same bytes; the first one counts
         ranks.setdefault(token, len(ranks))
@@ -148,7 +152,9 @@ def load_tokenizer(folder: str | Path) -> tiktoken.Encoding:
 
 def read_meta(folder: Path) -> dict:
     try:
-        return json.loads((folder / "meta.json").read_text())
+        meta = json.loads((folder / "meta.json").read_text())
+        meta["tokenizer"]
+        return meta
     except OSError as e:
         raise UserError(
             f"no tokenized corpus in {folder} ({e.strerror}); python data.py --help says how to make one"
@@ -191,11 +197,15 @@ def python_corpus() -> list[Path]:
     return files_below(folder, "*.py", left_out)
 
 
-def download(url: str) -> str:
+def download(url: str, size: int) -> str:
+    """The text at `url`, which is known to be `size` bytes long (a portal's login page is not)."""
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
-            return response.read().decode()
-    except OSError as e:
+            raw = response.read()
+        if len(raw) != size:
+            raise OSError(f"{len(raw):,} bytes in place of {size:,}")
+        return raw.decode()
+    except (OSError, http.client.HTTPException) as e:
         raise UserError(
             f"could not download {url} ({e}); go online, or fetch the file elsewhere and use "
             "--input FILE --name shakespeare"
@@ -209,17 +219,30 @@ def hugging_face(name: str, split: str, column: str) -> Callable[[], Iterator[st
     except ImportError as e:
         raise UserError("--hf needs the package datasets: pip install datasets") from e
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(name).suffix)
+
+    def failed(
+        e: Exception,
+    ) -> UserError:  # the package raises many kinds: no network, no such dataset or split
+        return UserError(f"--hf {name}: {first_line(e)}")
+
+    def texts() -> Iterator[str]:
+        try:
+            for row in rows:
+                yield row[column] or ""
+        except Exception as e:
+            raise failed(e) from e
+
     try:
         if kind and Path(name).exists():
             rows = datasets.load_dataset(kind, data_files={split: name}, split=split, streaming=True)
         else:
             rows = datasets.load_dataset(name, split=split, streaming=True)
         first = next(iter(rows), {})
-    except Exception as e:  # the package raises many kinds: no network, no such dataset, no such split
-        raise UserError(f"--hf {name}: {first_line(e)}") from e
-    if first and not isinstance(first.get(column), str):
+    except Exception as e:
+        raise failed(e) from e
+    if column not in first or not isinstance(first[column], str | None):
         raise UserError(f"--hf {name} has no text column {column!r}; it has {', '.join(first)}: use --column")
-    return lambda: (row[column] for row in rows)
+    return texts
 
 
 # --- corpus -> data/NAME ----------------------------------------------------------------------------------
@@ -234,7 +257,8 @@ def split_documents(documents: Iterable[str]) -> Iterator[tuple[str, str]]:
             yield text, "val" if i % 20 == 19 else "train"
     else:
         for text in head:
-            cut = text.rfind("\n", 0, int(len(text) * 0.95)) + 1 or int(len(text) * 0.95)
+            low, cut = int(len(text) * 0.9), int(len(text) * 0.95)
+            cut = text.rfind("\n", low, cut) + 1 or cut  # at a line's end where one is near
             yield text[:cut], "train"
             yield text[cut:], "val"
 
@@ -273,7 +297,7 @@ def make_tokenizer(name: str, documents: Callable[[], Iterable[str]], folder: Pa
 
 
 def _sample(documents: Callable[[], Iterable[str]]) -> Iterator[str]:
-    room = BPE_SAMPLE_BYTES
+    room = BPE_SAMPLE
     for text, split in split_documents(documents()):
         if split == "train":
             yield text
@@ -293,6 +317,7 @@ def prepare(
     appears whole or not at all. `n_bytes`, where known, is for the time left. Returns the meta data."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    old = work.with_name(work.name + "-replaced")
     try:
         print(f"{folder}: tokenizer {tokenizer}", flush=True)
         make_tokenizer(tokenizer, documents, work)
@@ -301,21 +326,19 @@ def prepare(
         enc = load_tokenizer(work)
         dtype = np.dtype("<u2" if enc.n_vocab <= 1 << 16 else "<u4")
         counts = {s: {"tokens": 0, "bytes": 0, "sha256": hashlib.sha256()} for s in ("train", "val")}
-        files = {s: open(work / f"{s}.bin", "wb") for s in counts}
         progress = Progress("tokenizing", n_bytes)
-        for text, split in split_documents(documents()):
-            c = counts[split]
-            for piece in pieces(text):
-                _write(enc.encode_ordinary(piece), dtype, files[split], c)
-                c["bytes"] += len(piece.encode())
-                progress(
-                    sum(c["bytes"] for c in counts.values()),
-                    f"{sum(c['tokens'] for c in counts.values()):,} tokens",
-                )
-            if text:
-                _write([enc.eot_token], dtype, files[split], c)
-        for file in files.values():
-            file.close()
+        with open(work / "train.bin", "wb") as train, open(work / "val.bin", "wb") as val:
+            files = {"train": train, "val": val}
+            for text, split in split_documents(documents()):
+                c = counts[split]
+                for piece in pieces(text):
+                    _write(enc.encode_ordinary(piece), dtype, files[split], c)
+                    c["bytes"] += len(piece.encode())
+                    n_tokens, done = (sum(c[key] for c in counts.values()) for key in ("tokens", "bytes"))
+                    progress(done, f"{n_tokens:,} tokens")
+                if text:
+                    _write([enc.eot_token], dtype, files[split], c)
+        progress.close()
         for split, c in counts.items():
             if c["tokens"] < 2:
                 raise UserError(
@@ -324,15 +347,18 @@ def prepare(
             c["sha256"] = c["sha256"].hexdigest()
         meta |= {"vocab_size": enc.n_vocab, "dtype": dtype.name} | counts
         (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        work.chmod(0o755)  # mkdtemp made it private
         if folder.exists():
-            folder.rename(work / "replaced")
-        for file in work.iterdir():  # mkdtemp made the folder private
-            file.chmod(0o644) if file.is_file() else None
-        work.chmod(0o755)
-        work.rename(folder)
+            folder.rename(old)
+        try:
+            work.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        shutil.rmtree(folder / "replaced", ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     t, v = meta["train"], meta["val"]
     print(
         f"{folder}: {t['tokens']:,} train and {v['tokens']:,} val tokens, vocabulary {meta['vocab_size']:,}, "
@@ -357,7 +383,7 @@ def prepare_dataset(name: str, folder: Path, tokenizer: str = "bpe:4096") -> dic
         return prepare(folder, lambda: map(read_text, paths), tokenizer, source, size)
     if name == "shakespeare":
         url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-        text = download(url)
+        text = download(url, 1_115_394)
         return prepare(folder, lambda: [text], tokenizer, url, len(text))
     raise UserError(
         f"no corpus {name!r} in {folder.parent}; built in are python and shakespeare, for others see "
@@ -375,23 +401,19 @@ class Tokens:
         self.meta = read_meta(Path(folder))
         self.path, self.block_size = Path(folder) / f"{split}.bin", block_size
         try:
-            self.ids = np.memmap(self.path, dtype=np.dtype(self.meta["dtype"]).newbyteorder("<"), mode="r")
-        except (OSError, ValueError, KeyError) as e:
-            raise UserError(
-                f"cannot read {self.path} ({e}); make the corpus again with python data.py"
-            ) from e
-        if len(self.ids) != self.meta[split]["tokens"]:
-            raise UserError(
-                f"{self.path} holds {len(self.ids):,} tokens and meta.json says "
-                f"{self.meta[split]['tokens']:,}; make the corpus again with python data.py"
-            )
+            dtype, count = np.dtype(self.meta["dtype"]).newbyteorder("<"), self.meta[split]["tokens"]
+            self.bytes_per_token = self.meta[split]["bytes"] / count
+            self.ids = np.memmap(self.path, dtype=dtype, mode="r")
+            if len(self.ids) != count:
+                raise ValueError(f"it holds {len(self.ids):,} tokens and meta.json says {count:,}")
+        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as e:
+            raise UserError(f"cannot read {self.path} ({e}); make the corpus again: python data.py") from e
         self.n_windows = (len(self.ids) - 1) // block_size
         if self.n_windows < 1:
             raise UserError(
                 f"{self.path} has {len(self.ids):,} tokens, too few for a window of block_size {block_size} "
                 "and the token after it; lower --block_size or bring more text"
             )
-        self.bytes_per_token = self.meta[split]["bytes"] / self.meta[split]["tokens"]
 
     def windows(self, starts: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets (one token on), each (B, block_size) int64."""

@@ -160,7 +160,7 @@ def main():
     parser.add_argument("experiment", choices=["framework"], help="which one to run")
     parser.add_argument("--out_dir", default="out", help="results go to OUT_DIR/EXPERIMENT [out]")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each kind [1]")
-    parser.add_argument("--max_iters", type=int, default=200, help="training steps per run [200]")
+    parser.add_argument("--max_iters", type=int, default=400, help="training steps per run [400]")
     args = parser.parse_args()
     if args.seeds < 1 or args.max_iters < 10:
         raise UserError("--seeds must be 1 or more and --max_iters 10 or more")

@@ -290,8 +290,9 @@ class Shape:
         for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "backward_passes"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} {getattr(self, name)} is not valid; it must be 1 or more")
-        if self.forward_passes < 0:
-            raise PlanError(f"forward_passes {self.forward_passes} is not valid; it must be 0 or more")
+        for name in ("head_dim", "n_hidden", "forward_passes"):
+            if getattr(self, name) < 0:
+                raise PlanError(f"{name} {getattr(self, name)} is not valid; it must be 0 or more")
         if not self.head_dim and self.n_embd % self.n_head:
             raise PlanError(
                 f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; change one or set head_dim"

@@ -57,9 +57,14 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, heads * d) -> (B, heads, T, d)
 
+    def _turned(self, x: Tensor, norm: nn.RMSNorm | None, cos: Tensor, sin: Tensor) -> Tensor:
+        x = self._heads(x)
+        if norm is not None:  # in the type of x, so that bfloat16 keys stay beside bfloat16 values
+            x = F.rms_norm(x, norm.normalized_shape, norm.weight.type_as(x), norm.eps)
+        return kernels.rotate(x, cos, sin)
+
     def key(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        k = self._heads(self.k_proj(x))
-        return kernels.rotate(self.k_norm(k) if self.k_norm else k, cos, sin)  # (B, nkv, T, d)
+        return self._turned(self.k_proj(x), self.k_norm, cos, sin)  # (B, nkv, T, d)
 
     def value(self, x: Tensor) -> Tensor:
         return self._heads(self.v_proj(x))  # (B, nkv, T, d)
@@ -67,8 +72,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, ks: list[Tensor], vs: list[Tensor], strict: bool
     ) -> Tensor:
-        q = self._heads(self.q_proj(x))
-        q = kernels.rotate(self.q_norm(q) if self.q_norm else q, cos, sin)  # (B, nh, T, d)
+        q = self._turned(self.q_proj(x), self.q_norm, cos, sin)  # (B, nh, T, d)
         k_gate = torch.cat((self.k_gate, self.k_gate), dim=-1) if len(ks) > 1 else None
         v_gate = self.v_gate if len(vs) > 1 else None
         y = kernels.attention(q, ks, vs, k_gate, v_gate, strict)  # (B, nh, T, d)
@@ -298,9 +302,11 @@ class GPT(nn.Module):
         """idx (B, T) token ids -> (logits, loss).
 
         Without targets: the last position's logits, (B, 1, vocab), and None. With targets (B, T): None and
-        the mean loss in nats per token. A `cache` is read, extended by the T positions, and must have been
-        made for the plan."""
-        plan = cache.plan if plan is None and cache is not None else self.resolve(plan)
+        the mean loss in nats per token. A `cache` is read, extended by the T positions, and sets the plan;
+        ValueError if another is asked for, or targets."""
+        plan = self.resolve(cache.plan if plan is None and cache is not None else plan)
+        if cache is not None and (targets is not None or plan != cache.plan):
+            raise ValueError(f"this cache is for generation under plan {cache.plan.spec!r}; make another")
         if targets is None:
             return self.lm_head(self.norm(self.hidden(idx, plan, cache, last_only=True))), None
         return None, self.losses(idx, targets, plan).mean()
@@ -341,7 +347,7 @@ class GPT(nn.Module):
                 f"a prompt of {T} tokens and {max_new_tokens} new ones do not fit the context of "
                 f"{self.config.block_size} tokens (1 prompt token at least)"
             )
-        plan = cache.plan if plan is None and cache is not None else self.resolve(plan)
+        plan = self.resolve(cache.plan if plan is None and cache is not None else plan)
         if cache is None:
             cache = KVCache(self.config, plan, B, T + max_new_tokens, self.embed.weight.dtype, idx.device)
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)

@@ -25,32 +25,28 @@ def ladder(n_layer: int) -> list[str]:
     return list(dict.fromkeys(Plan.parse(spec, n_layer).spec for spec in specs))
 
 
-def runnable(model: GPT, specs: list[str] | None) -> list[Plan]:
-    """The plans among `specs` that this model has the parameters for; by default the ladder for a model that
-    computes every layer's KV, and for one built for a plan that plan."""
-    if specs is None:
-        specs = ladder(model.config.n_layer) if model.plan.spec == "full" else [model.plan.spec]
-    plans = []
-    for spec in specs:
-        try:
-            plans.append(model.resolve(spec))
-        except PlanError as e:
-            plans.append(e)
-    return plans
-
-
 def score(
     runs: dict[str, GPT], tokens: data.Tokens, specs: list[str] | None, windows: int, batch_size: int
 ) -> list[dict]:
-    """One row per run and plan. `delta` is the loss above `full` on the same windows, of the same run or,
+    """One row per run and plan: by default the ladder for a model that computes every layer's KV, and for one
+    built for a plan that plan. `delta` is the loss above `full` on the same windows, of the same run or,
     where a run has no full cache, of the first that has; `delta_stderr` its paired standard error."""
-    todo = [(name, plan) for name, model in runs.items() for plan in runnable(model, specs)]
-    errors = [plan for _, plan in todo if isinstance(plan, PlanError)]
-    todo = [(name, plan) for name, plan in todo if isinstance(plan, Plan)]
-    for error in errors:
-        if not todo or len(runs) == 1:
-            raise error
-        print(f"left out: {error}")
+    todo, lacking = [], []
+    for name, model in runs.items():
+        n_layer, built = model.config.n_layer, model.plan.spec
+        default = ladder(n_layer) if built == "full" else [built]
+        plans = [Plan.parse(spec, n_layer) for spec in (specs or default)]
+        if built == "full":
+            plans = [model.plan] + [p for p in plans if p != model.plan]  # the reference of `delta`
+        for plan in dict.fromkeys(plans):
+            try:
+                todo.append((name, model.resolve(plan)))
+            except PlanError as e:
+                lacking.append(e)
+    if lacking and (len(runs) == 1 or len(lacking) == len(runs) * len(specs)):
+        raise lacking[0]
+    for e in lacking:
+        print(f"left out: {e}")
     progress = Progress("scoring", len(todo))
     losses, rows = {}, []
     for name, plan in todo:
@@ -169,15 +165,16 @@ def draw(rows: list[dict], path: Path) -> None:
     os.replace(work, path)
 
 
-def load_runs(folders: list[str], device: str, data_dir: str | None) -> tuple[dict[str, GPT], data.Tokens]:
+def load_runs(
+    folders: list[str], device: str, data_dir: str | None = None
+) -> tuple[dict[str, GPT], data.Tokens]:
     """The models, named by their folders, and the held-out text that all of them were trained beside."""
     runs, tokens = {}, None
     for folder in folders:
         model, config = load_run(folder, device)
-        if folder.rstrip("/") in runs or os.path.basename(os.path.normpath(folder)) in runs:
-            raise UserError(
-                f"--out_dir names two runs {os.path.basename(folder)!r}; rename a folder to tell them apart"
-            )
+        name = os.path.basename(os.path.abspath(folder))
+        if name in runs:
+            raise UserError(f"--out_dir names two runs {name!r}; rename a folder to tell them apart")
         corpus = Path(data_dir or config.data_dir) / config.dataset
         found = data.Tokens(corpus, "val", model.config.block_size)
         if data.read_meta(Path(folder)).get("val") != found.meta["val"]:
@@ -189,7 +186,7 @@ def load_runs(folders: list[str], device: str, data_dir: str | None) -> tuple[di
                 f"{folder} differs from {folders[0]} in corpus or block_size, so their losses do not "
                 "compare; sweep it apart"
             )
-        runs[os.path.basename(os.path.normpath(folder))], tokens = model, tokens or found
+        runs[name], tokens = model, tokens or found
     return runs, tokens
 
 
@@ -215,9 +212,8 @@ def main():
     if min(args.windows, args.batch_size) < 1:
         raise UserError("--windows and --batch_size must be 1 or more")
     runs, tokens = load_runs(args.out_dir, pick_device(args.device), args.data_dir)
-    folder = Path(
-        args.save_dir or (os.path.commonpath(args.out_dir) if len(runs) > 1 else args.out_dir[0]) or "."
-    )
+    around = os.path.commonpath([os.path.abspath(path) for path in args.out_dir])
+    folder = Path(args.save_dir or os.path.relpath(around))
     rows = score(runs, tokens, args.plans, args.windows, args.batch_size)
     print(table(rows))
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,11 +10,13 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -96,9 +98,14 @@ def load_checkpoint(path: Path) -> dict:
     if not path.exists():
         raise UserError(f"no checkpoint {path}; train one: python train.py --out_dir={path.parent}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # zip, pickle and tensor errors of a damaged file are of many kinds
         raise UserError(f"{path} cannot be read as a checkpoint ({first_line(e)})") from e
+    if not isinstance(checkpoint, dict) or not {"model", "model_config", "config", "corpus"} <= set(
+        checkpoint
+    ):
+        raise UserError(f"{path} is not a checkpoint of nanokv; train one: python train.py --out_dir=NEW")
+    return checkpoint
 
 
 def load_run(out_dir: str | Path, device: str = "cpu") -> tuple[GPT, TrainConfig]:
@@ -126,18 +133,9 @@ def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     if name != "auto":
         return getattr(torch, name), "as asked"
     if device.startswith("cuda"):
-        fast, what = (
-            torch.cuda.is_bf16_supported(including_emulation=False),
-            torch.cuda.get_device_name(device),
-        )
-    elif device == "cpu":
-        fast, what = (
-            torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-            "this CPU",
-        )
-        fast = fast and "AVX512" in torch.backends.cpu.get_cpu_capability()  # AVX2 has it emulated, and slow
+        fast, what = torch.cuda.is_bf16_supported(False), torch.cuda.get_device_name(device)  # no emulation
     else:
-        fast, what = False, device
+        fast, what = device == "cpu" and torch.cpu._is_avx512_bf16_supported(), f"this {device}"
     return (torch.bfloat16, f"{what} has it") if fast else (torch.float32, f"{what} has no fast bfloat16")
 
 
@@ -186,6 +184,12 @@ def make_optimizer(model: GPT, c: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=True)
 
 
+AT_LEAST = {  # the smallest valid value of a setting
+    1: "batch_size gradient_accumulation_steps max_iters eval_interval eval_iters log_interval block_size",
+    0: "learning_rate min_lr warmup_iters weight_decay beta1 beta2 grad_clip seed sample_interval",
+}
+
+
 def settings() -> tuple[TrainConfig, dict | None]:
     """This run's settings, and the checkpoint it goes on from, if any."""
     given = given_settings(TrainConfig, __doc__)
@@ -205,41 +209,44 @@ def settings() -> tuple[TrainConfig, dict | None]:
         raise UserError(
             f"{c.out_dir} holds a run; go on with it: --init_from=resume, or choose another --out_dir"
         )
-    for name in (
-        "batch_size",
-        "gradient_accumulation_steps",
-        "max_iters",
-        "eval_interval",
-        "eval_iters",
-        "log_interval",
-        "block_size",
-    ):
-        if getattr(c, name) < 1:
-            raise UserError(f"--{name} {getattr(c, name)} is not valid; it must be 1 or more")
+    for low, names in AT_LEAST.items():
+        for name in names.split():
+            if not getattr(c, name) >= low:
+                raise UserError(f"--{name} {getattr(c, name)} is not valid; it must be {low} or more")
+    if max(c.beta1, c.beta2) >= 1:
+        raise UserError(f"--beta1 {c.beta1} and --beta2 {c.beta2} must be below 1")
     if c.router_p and Plan.parse(c.plan, c.n_layer).spec != "full":
         raise UserError(
             "--router_p trains one model for all plans and --plan one for a single plan; give one of them"
         )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("training runs on one device so far; start it without torchrun")
     return c, checkpoint
 
 
+def model_config(c: TrainConfig, vocab_size: int) -> GPTConfig:
+    sizes = {f.name: getattr(c, f.name) for f in fields(GPTConfig) if hasattr(c, f.name)}
+    return GPTConfig(**sizes, vocab_size=vocab_size)
+
+
 def git_commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        return (
-            subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-            or None
-        )
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        return done.stdout.strip() or None
     except OSError:
         return None
 
 
 class Log:
-    """log.jsonl: one object a line. A resumed run drops the lines after its checkpoint."""
+    """log.jsonl: one object a line. A resumed run drops what came after its checkpoint."""
 
     def __init__(self, path: Path, step: int):
-        lines = path.read_text().splitlines() if step and path.exists() else []
-        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+        kept = []
+        for line in path.read_text().splitlines() if step and path.exists() else []:
+            if line.endswith("}") and json.loads(line)["step"] <= step:  # a killed run can leave half a line
+                kept.append(line + "\n")
+        replace(path, lambda work: work.write_text("".join(kept)))
         self.file = open(path, "a")
 
     def __call__(self, **row):
@@ -247,28 +254,40 @@ class Log:
         self.file.flush()
 
 
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside and rename: a reader finds the old file or the new one, never half of one."""
+    work = path.with_name(path.name + ".tmp")
+    write(work)
+    os.replace(work, path)
+
+
 def main():
     c, checkpoint = settings()
     device = pick_device(c.device)
     dtype, reason = pick_dtype(c.dtype, device)
     router = StochasticRouter(c.n_layer, c.router_p, c.seed, c.router_above) if c.router_p else None
+    Plan.parse(model_config(c, vocab_size=1).plan, c.n_layer)  # a mistake shows before a corpus is made
     folder = Path(c.data_dir) / c.dataset
     if not folder.exists():
         data.prepare_dataset(c.dataset, folder)
     train, val = (data.Tokens(folder, split, c.block_size) for split in ("train", "val"))
+    corpus = train.meta["train"]["sha256"]
 
-    shape = {f.name: getattr(c, f.name) for f in fields(GPTConfig) if hasattr(c, f.name)}
     torch.manual_seed(c.seed)
-    model = GPT(GPTConfig(**shape, vocab_size=train.meta["vocab_size"]))
-    model.resolve(model.plan)
-    start, best, done_before = 0, math.inf, 0.0
+    model = GPT(model_config(c, train.meta["vocab_size"]))
+    start, best, seconds = 0, math.inf, 0.0
     if checkpoint:
-        if checkpoint["model_config"] != asdict(model.config):
+        if checkpoint["corpus"] != corpus:
             raise UserError(
-                f"the corpus {folder} is not the one that {c.out_dir} was trained on: vocabularies differ"
+                f"{folder} is not the corpus that {c.out_dir} was trained on; use that or a new --out_dir"
             )
         model.load_state_dict(checkpoint["model"])
-        start, best, done_before = checkpoint["step"], checkpoint["best_val_loss"], checkpoint["time"]
+        start, best, seconds = checkpoint["step"], checkpoint["best_val_loss"], checkpoint["time"]
+        if start >= c.max_iters:
+            print(
+                f"{c.out_dir}: all {start} steps are done, best val {best:.4f} nats/token; more: --max_iters"
+            )
+            return
     model.to(device)
     optimizer = make_optimizer(model, c)
     if checkpoint:
@@ -282,24 +301,50 @@ def main():
         if (folder / name).exists():
             shutil.copyfile(folder / name, out / name)
     (out / "config.json").write_text(json.dumps(asdict(c), indent=1) + "\n")
+    device_name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     n_params = sum(p.numel() for p in model.parameters())
-    tokens_per_step = c.batch_size * c.gradient_accumulation_steps * c.block_size
     info = {
-        "command": " ".join(sys.argv), "commit": git_commit(), "python": platform.python_version(),
-        "torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": str(dtype),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-        "parameters": n_params, "plan": model.plan.spec,
-        "corpus": train.meta["train"]["sha256"],
+        "command": shlex.join(sys.argv), "commit": git_commit(), "python": platform.python_version(),
+        "torch": torch.__version__, "device": device_name, "threads": torch.get_num_threads(),
+        "dtype": str(dtype), "parameters": n_params, "plan": model.plan.spec, "corpus": corpus,
     }  # fmt: skip
     (out / "run.json").write_text(json.dumps(info, indent=1) + "\n")
+    tokens_per_step = c.batch_size * c.gradient_accumulation_steps * c.block_size
     how = f"stochastic routing, p = {c.router_p}" if router else f"plan {c.plan}"
     print(f"{c.out_dir}: {n_params:,} parameters, {how}, {c.max_iters} steps of {tokens_per_step:,} tokens")
-    print(
-        f"{info['device']}, {str(dtype).removeprefix('torch.')} ({reason}), "
-        f"{'compiled' if c.compile else 'not compiled'}"
-    )
+    compiled = "compiled" if c.compile else "not compiled"
+    print(f"{device_name}, {str(dtype).removeprefix('torch.')} ({reason}), {compiled}")
     if start:
         print(f"resumed after step {start}")
+
+    def save(step: int, is_best: bool):
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "corpus": corpus,
+        }
+        state |= {
+            "config": asdict(c),
+            "model_config": asdict(model.config),
+            "best_val_loss": best,
+            "time": clock(),
+        }
+        for name in ("best.pt", "ckpt.pt") if is_best else ("ckpt.pt",):
+            replace(out / name, lambda work: torch.save(state, work))
+
+    def clock() -> float:
+        return seconds + time.time() - began
+
+    def finite(loss: float, step: int) -> float:
+        if not math.isfinite(loss):
+            last = (
+                f"{out / 'ckpt.pt'} has the last good step"
+                if (out / "ckpt.pt").exists()
+                else "nothing is saved yet"
+            )
+            raise UserError(f"the loss became {loss} by step {step}; {last}; lower --learning_rate")
+        return loss
 
     log = Log(out / "log.jsonl", start)
     interrupted = []
@@ -308,40 +353,21 @@ def main():
         interrupted.append(signum)
         signal.signal(signum, signal.SIG_DFL)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, interrupt)
-
-    def save(step: int, is_best: bool):
-        """Written beside and renamed: a reader finds the old file or the new one, never half of one."""
-        state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "step": step,
-            "best_val_loss": best,
-        }
-        state |= {"config": asdict(c), "model_config": asdict(model.config), "time": clock()}
-        for name in ("best.pt", "ckpt.pt") if is_best else ("ckpt.pt",):
-            torch.save(state, out / "save.tmp")
-            os.replace(out / "save.tmp", out / name)
-
-    def clock() -> float:
-        return done_before + time.time() - began
-
+    handlers = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
     began = time.time()
     timed_steps, timed_since = 0, began  # training only: evaluation is left out of tokens/s
+    plans = []  # drawn since the last log line
     for step in range(start, c.max_iters + 1):
         paused = time.time()
-        due = step % c.eval_interval == 0 or step == c.max_iters
-        is_best = False
+        due, is_best = step % c.eval_interval == 0 or step == c.max_iters, False
         if due and not (checkpoint and step == start):  # that one is on record
             n = c.eval_iters * c.batch_size
-            loss = float(
-                window_losses(model, val, n, c.batch_size, context=lambda: autocast(device, dtype)).mean()
-            )
+            losses = window_losses(model, val, n, c.batch_size, context=lambda: autocast(device, dtype))
+            loss = finite(float(losses.mean()), step)
             bpb, is_best, best = bits_per_byte(loss, val), loss < best, min(loss, best)
             log(step=step, val_loss=loss, val_bpb=bpb, tokens=step * tokens_per_step, time=clock())
             print(f"step {step:5}  val {loss:.4f} nats/token  {bpb:.4f} bits/byte", flush=True)
-        if step > start and (due or interrupted):
+        if (due and step > start) or interrupted:
             save(step, is_best)
         if c.sample_interval and step > start and step % c.sample_interval == 0:
             show_sample(model, out, device)
@@ -352,15 +378,15 @@ def main():
         lr = learning_rate(step, c)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        total, plans = 0.0, []
+        total = 0.0
         for micro in range(step * c.gradient_accumulation_steps, (step + 1) * c.gradient_accumulation_steps):
             x, y = train.batch(micro, c.batch_size, c.seed)
             plan = router.plan(micro) if router else None
+            plans += [plan.spec] if router else []
             with autocast(device, dtype):
                 loss = model(x.to(device), y.to(device), plan=plan)[1] / c.gradient_accumulation_steps
             loss.backward()
             total += loss.detach()
-            plans += [plan.spec] if router else []
         if c.grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
         optimizer.step()
@@ -369,33 +395,24 @@ def main():
 
         done = step + 1
         if done % c.log_interval == 0 or done == c.max_iters:
-            total = float(total)
+            total = finite(float(total), done)
             speed = timed_steps * tokens_per_step / (time.time() - timed_since)
-            row = {
-                "step": done,
-                "train_loss": total,
-                "lr": lr,
-                "tokens": done * tokens_per_step,
-                "tokens_per_s": speed,
-            }
-            log(**row, time=clock(), **({"plans": plans} if router else {}))
+            row = {"step": done, "train_loss": total, "lr": lr, "tokens": done * tokens_per_step}
+            log(**row, tokens_per_s=speed, time=clock(), **({"plans": plans} if router else {}))
             left = duration((c.max_iters - done) * tokens_per_step / speed)
-            drawn = f"  read {plans[-1]}" if router else ""
-            print(
-                f"step {done:5}  loss {total:.4f}  lr {lr:.1e}  {speed:,.0f} tokens/s  {left} left{drawn}",
-                flush=True,
-            )
+            drawn = f"  drew {plans[-1]}" if router else ""
+            text = f"step {done:5}  loss {total:.4f}  lr {lr:.1e}  {speed:,.0f} tokens/s  {left} left{drawn}"
+            print(text, flush=True)
+            plans = []
 
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
     if interrupted:
-        print(
-            f"stopped and saved after step {step}; go on: "
-            f"python train.py --out_dir={c.out_dir} --init_from=resume"
-        )
+        command = f"python train.py --out_dir={c.out_dir} --init_from=resume"
+        print(f"stopped and saved after step {step}; go on: {command}")
         sys.exit(128 + interrupted[0])
-    print(
-        f"{c.out_dir}: {duration(clock())}, best val {best:.4f} nats/token, "
-        f"{bits_per_byte(best, val):.4f} bits/byte"
-    )
+    bpb = bits_per_byte(best, val)
+    print(f"{c.out_dir}: {duration(clock())}, best val {best:.4f} nats/token, {bpb:.4f} bits/byte")
 
 
 def show_sample(model: GPT, out: Path, device: str):

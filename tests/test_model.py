@@ -317,6 +317,16 @@ def test_context_limits():
         model(tokens(1, 5), cache=cache)
 
 
+def test_a_cache_belongs_to_its_plan():
+    model = make_model()
+    cache = KVCache(model.config, model.resolve("keep:0"), 1, 8)
+    model(tokens(1, 3), cache=cache)
+    for options in ({"plan": "full"}, {"targets": tokens(1, 3)}):
+        with pytest.raises(ValueError, match="generation under plan 'keep:0'"):
+            model(tokens(1, 3), cache=cache, **options)
+    assert cache.length == 3
+
+
 def test_a_context_of_one_token():
     model = make_model("fusedkv", block_size=2)
     assert model.generate(tokens(1, 1), 1, temperature=0).shape == (1, 2)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -35,7 +36,10 @@ def trained(corpus, tmp_path_factory):
     runs = {"normal": {}, "stochastic": {"router_p": 0.5}, "fusedkv": {"plan": "fusedkv"}}
     argv = sys.argv
     for name, settings in runs.items():
-        sys.argv = ["train.py", *flags(corpus, folder / name, max_iters=60, eval_interval=20, **settings)]
+        sys.argv = [
+            "train.py",
+            *flags(corpus, folder / name, max_iters=60, eval_interval=20, log_interval=3, **settings),
+        ]
         train.main()
     sys.argv = argv
     return folder
@@ -61,8 +65,10 @@ def test_a_run_learns_and_leaves_its_record(trained):
 
 def test_stochastic_runs_log_their_draws(trained):
     drawn = read_log(trained / "stochastic", "plans")
-    assert len(drawn) == 60 and all(len(plans) == 1 for plans in drawn.values())
-    assert len({p[0] for p in drawn.values()}) > 10
+    plans = [plan for line in drawn.values() for plan in line]  # of every step, though lines are rarer
+    assert len(drawn) == 20 and len(plans) == 60
+    router = train.StochasticRouter(4, 0.5, seed=0)
+    assert plans == [router.plan(step).spec for step in range(60)]
     assert not read_log(trained / "normal", "plans")
 
 
@@ -101,15 +107,16 @@ def test_ctrl_c_saves_and_says_how_to_go_on(corpus, tmp_path, script, monkeypatc
     import os
     import signal
 
-    def press_at_5(step, c, schedule=train.learning_rate):
-        if step == 5 and c.init_from == "scratch":
+    def press_at_2(step, c, schedule=train.learning_rate):
+        if step == 2 and c.init_from == "scratch":
             os.kill(os.getpid(), signal.SIGINT)
         return schedule(step, c)
 
-    monkeypatch.setattr(train, "learning_rate", press_at_5)
+    monkeypatch.setattr(train, "learning_rate", press_at_2)
     out = tmp_path / "run"
     status, text, _ = script("train.py", *flags(corpus, out))
-    assert status == 130 and "saved after step 6; go on" in text
+    assert status == 130 and "saved after step 3; go on" in text
+    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == 3
     assert script("train.py", f"--out_dir={out}", "--init_from=resume")[0] == 0
     assert list(read_log(out, "train_loss")) == list(range(1, 13))
 
@@ -171,12 +178,21 @@ def test_mistakes_get_one_line_and_leave_nothing(corpus, tmp_path, refused, trai
     assert "not a multiple" in bad(n_head=3)
     assert "invalid int value: 'x'" in bad(n_layer="x")
     assert "neither true nor false" in bad(compile="maybe")
+    assert "--seed -1 is not valid" in bad(seed=-1)
+    assert "must be below 1" in bad(beta1=1)
+    assert "--learning_rate nan is not valid" in bad(learning_rate="nan")
+    assert "n_hidden -5" in bad(n_hidden=-5)
     assert "no corpus 'nope'" in bad(dataset="nope")
     assert "lower --block_size" in bad(block_size=100_000)
     assert "--device cuda:7" in bad(device="cuda:7")
     assert "no checkpoint" in bad(init_from="resume")
     assert "did you mean --n_layer" in refused("train.py", "--n_layers=3")
     assert not out.exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        assert "without torchrun" in bad()
+    (tmp_path / "file").write_text("")
+    assert "File exists" in refused("train.py", *flags(corpus, tmp_path / "file"))
     used = trained / "normal"
     before = (used / "ckpt.pt").read_bytes()
     assert "holds a run" in refused("train.py", *flags(corpus, used))
@@ -190,9 +206,52 @@ def test_damaged_checkpoints_are_refused(tmp_path, refused, trained):
     out = tmp_path / "run"
     assert "no checkpoint" in refused("sample.py", "--out_dir", out)
     out.mkdir()
+    torch.save({"model": {}, "iter_num": 3}, out / "best.pt")
+    assert "not a checkpoint of nanokv" in refused("sample.py", "--out_dir", out)
     for content in (b"", b"not a checkpoint", (trained / "normal" / "best.pt").read_bytes()[:5000]):
         (out / "best.pt").write_bytes(content)
         assert "cannot be read as a checkpoint" in refused("sample.py", "--out_dir", out)
+
+
+def test_a_changed_corpus_is_noticed(corpus, tmp_path, script, refused):
+    """Another text and a tokenizer of the same size would pass every check of shapes."""
+    mine, out = tmp_path / "data" / corpus.name, tmp_path / "run"
+    shutil.copytree(corpus, mine)
+    given = [f for f in flags(corpus, out, max_iters=2) if "data_dir" not in f] + [
+        f"--data_dir={mine.parent}"
+    ]
+    assert script("train.py", *given)[0] == 0
+    texts = [path.read_text() for path in sorted(train.Path(__file__).parent.glob("*.py"))]
+    train.data.prepare(mine, lambda: texts, "bpe:512", "other text")
+    more = ("--init_from=resume", "--max_iters=4", f"--out_dir={out}")
+    assert "is not the corpus that" in refused("train.py", *more)
+    assert "is not the corpus that" in refused("sweep.py", "--out_dir", out)
+
+
+def test_a_torn_log_line_is_dropped(corpus, tmp_path, script):
+    out = tmp_path / "run"
+    script("train.py", *flags(corpus, out))
+    with open(out / "log.jsonl", "a") as file:
+        file.write('{"step": 1')
+    assert script("train.py", f"--out_dir={out}", "--init_from=resume", "--max_iters=13")[0] == 0
+    assert list(read_log(out, "train_loss")) == list(range(1, 14))
+
+
+def test_a_loss_gone_bad_stops_the_run(corpus, tmp_path, refused):
+    out = tmp_path / "run"
+    line = refused("train.py", *flags(corpus, out, learning_rate=1e12, grad_clip=0, max_iters=40))
+    assert re.search(r"the loss became (nan|inf) by step \d+; .* lower --learning_rate", line)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"qk_norm": True}, {"router_p": 0.5}, {"plan": "fusedkv"}, {"plan": "pizza-top:2"}]
+)
+def test_bfloat16_training_follows_float32(corpus, tmp_path, script, settings):
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        script("train.py", *flags(corpus, tmp_path / dtype, dtype=dtype, **settings))
+        losses.append(list(read_log(tmp_path / dtype, "train_loss").values()))
+    assert losses[0] == pytest.approx(losses[1], abs=0.02) and losses[0] != losses[1]
 
 
 def test_sweep_scores_draws_and_overlays(trained, tmp_path, script, refused):
@@ -223,7 +282,8 @@ def test_sweep_scores_draws_and_overlays(trained, tmp_path, script, refused):
     status, out, _ = script("sweep.py", "--out_dir", *runs[1:], "--plans", "cla:2", "fusedkv", "--windows", 2)
     assert status == 0 and out.count("left out:") == 2
     assert "no gates" in refused("sweep.py", "--out_dir", runs[0], "--plans", "fusedkv")
-    assert "no such plan" in refused("sweep.py", "--out_dir", runs[0], "--plans", "full", "nope")
+    for some in (runs[:1], runs):
+        assert "no such plan" in refused("sweep.py", "--out_dir", *some, "--plans", "full", "nope")
     assert "no checkpoint" in refused("sweep.py", "--out_dir", tmp_path / "none")
 
 
