@@ -42,10 +42,11 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(d, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(d, eps=config.norm_eps) if config.qk_norm and has_k else None
         # Fusion gates (arXiv 2512.03870). Keys are fused after RoPE: one gate for the two features that turn
-        # together keeps attention a function of relative position. Where they start matters: keys at the
-        # source nearest below, values at the bottom one (FusedKV-Lite), and a layer's own counts most.
+        # together keeps attention a function of relative position. Where they start matters: at the layer's
+        # own K and V if they are among the sources, else, as FusedKV-Lite, keys at the top and values at the
+        # bottom one.
         route = plan[layer]
-        self.k_gate = self._gate(route.k, route.k[-1], d // 2)
+        self.k_gate = self._gate(route.k, layer if layer in route.k else route.k[-1], d // 2)
         self.v_gate = self._gate(route.v, layer if layer in route.v else route.v[0], d)
 
     def _gate(self, sources: tuple[int, ...], start: int, width: int) -> nn.Parameter | None:
@@ -366,6 +367,6 @@ class GPT(nn.Module):
                 idx = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             yield idx
 
-    def generate(self, idx: Tensor, max_new_tokens: int, **options) -> Tensor:
+    def generate(self, idx: Tensor, max_new_tokens: int, *args, **options) -> Tensor:
         """`stream` in one piece: (B, T) -> (B, T + max_new_tokens)."""
-        return torch.cat([idx, *self.stream(idx, max_new_tokens, **options)], dim=1)
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, *args, **options)], dim=1)
