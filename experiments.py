@@ -1,21 +1,21 @@
 """The papers' claims in miniature, each by one command; runs that are done are not done again.
 
-python experiments.py framework        the nine configurations of arXiv 2410.14442 at 2x and 4x smaller cache
+python experiments.py framework     the nine configurations of arXiv 2410.14442, 2x and 4x smaller cache
 """
 
 import json
-import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-
-import torch
+from statistics import mean, median
 
 import data
 from cli import Parser, UserError, duration, run
 from kv_router import Plan
 from model import GPT
+from sweep import stderr
 from train import load_run, window_losses
 
 NINE = [f"{a}-{b}" for a in ("pizza", "sandwich", "lasagna") for b in ("bottom", "middle", "top")]
@@ -23,108 +23,122 @@ NINE = [f"{a}-{b}" for a in ("pizza", "sandwich", "lasagna") for b in ("bottom",
 
 def train_all(folder: Path, runs: dict[str, list[str]]) -> None:
     """Train every run (name -> flags) into folder/name; a finished one is skipped, a stopped one resumed."""
+
+    def finished(name: str) -> Path:
+        return folder / name / "finished.json"  # holds the flags it was finished with
+
+    todo = [n for n in runs if not finished(n).exists() or json.loads(finished(n).read_text()) != runs[n]]
     began = time.time()
-    todo = {name: flags for name, flags in runs.items() if finished(folder / name) != flags}
-    for done, (name, flags) in enumerate(todo.items()):
+    for done, name in enumerate(todo):
         left = f", about {duration((time.time() - began) / done * (len(todo) - done))} left" if done else ""
         print(f"[{done + 1} of {len(todo)}{left}] {name}", flush=True)
         init = "resume" if (folder / name / "ckpt.pt").exists() else "scratch"
-        command = [sys.executable, "train.py", *flags, f"--out_dir={folder / name}", f"--init_from={init}"]
+        command = [
+            sys.executable,
+            "train.py",
+            *runs[name],
+            f"--out_dir={folder / name}",
+            f"--init_from={init}",
+        ]
         result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if result.returncode:
             sys.exit(result.returncode)  # train.py has said why
         print("    " + result.stdout.splitlines()[-1], flush=True)
-        (folder / name / "finished.json").write_text(json.dumps(flags))
+        finished(name).write_text(json.dumps(runs[name]))
 
 
-def finished(run_folder: Path) -> list[str] | None:
-    """The flags of a run that was trained to its end."""
-    record = run_folder / "finished.json"
-    return json.loads(record.read_text()) if record.exists() else None
-
-
-@torch.no_grad()
-def time_generation(models: dict[str, GPT], prompt: torch.Tensor, new: int, repeats: int) -> dict[str, tuple]:
-    """Median seconds to the first token and tokens/s after it, every model in turn in each repeat."""
-    first, speed = {name: [] for name in models}, {name: [] for name in models}
-    for _ in range(repeats):
+def interleaved(
+    models: dict[str, GPT], measure: Callable[[GPT], float], repeats: int = 7
+) -> dict[str, float]:
+    """The median of `measure` for every model, all taking turns, after one warm-up: machines are noisy."""
+    values = {name: [] for name in models}
+    for repeat in range(repeats + 1):
         for name, model in models.items():
-            times = [time.perf_counter()]
-            times += [time.perf_counter() for _ in model.stream(prompt, new, temperature=0)]
-            first[name].append(times[1] - times[0])
-            speed[name].append((new - 1) / (times[-1] - times[1]))
-    return {name: (statistics.median(first[name]), statistics.median(speed[name])) for name in models}
+            value = measure(model)
+            values[name] += [value] if repeat else []
+    return {name: median(v) for name, v in values.items()}
 
 
 def framework(folder: Path, seeds: int, max_iters: int) -> None:
-    """The main table of arXiv 2410.14442 in miniature: quality and speed of the nine configurations, trained
-    each on the same tokens. Several of them are one and the same plan at 8 layers; those are trained once."""
+    """The main table of arXiv 2410.14442 in miniature: quality and speed of the nine configurations, each
+    trained on the same tokens. Some of them are one and the same plan at 8 layers and are trained once."""
     n_layer = 8
     shrink = {"full": 1} | {f"{name}:{n_layer // x}": x for x in (2, 4) for name in NINE}
-    name_of = {}  # plan -> the first configuration that means it
+    first = {}  # plan -> the first configuration that means it
     for spec in shrink:
-        name_of.setdefault(Plan.parse(spec, n_layer), spec)
-    common = [f"--max_iters={max_iters}", f"--warmup_iters={max_iters // 10}", f"--eval_interval={max_iters}"]
-    runs = {
-        f"seed{seed}/{spec.replace(':', '-')}": [
-            "config/demo.toml",
-            f"--plan={spec}",
-            f"--seed={seed}",
-            *common,
-        ]
+        first.setdefault(Plan.parse(spec, n_layer), spec)
+    length = [f"--max_iters={max_iters}", f"--warmup_iters={max_iters // 10}", f"--eval_interval={max_iters}"]
+    names = {
+        (spec, seed): f"seed{seed}/{spec.replace(':', '-')}"
         for seed in range(seeds)
-        for spec in name_of.values()
+        for spec in first.values()
     }
-    train_all(folder, runs)
+    train_all(
+        folder,
+        {
+            name: ["config/demo.toml", f"--plan={spec}", f"--seed={seed}", *length]
+            for (spec, seed), name in names.items()
+        },
+    )
 
-    losses = {spec: [] for spec in name_of.values()}
-    seconds = {spec: [] for spec in name_of.values()}
-    for seed in range(seeds):
-        folders = {spec: folder / f"seed{seed}" / spec.replace(":", "-") for spec in name_of.values()}
-        models = {}
-        for spec, path in folders.items():
-            models[spec], config = load_run(path)
-            tokens = data.Tokens(Path(config.data_dir) / config.dataset, "val", config.block_size)
-            losses[spec].append(float(window_losses(models[spec], tokens, 128, 16).mean()))
-            seconds[spec].append(json.loads((path / "log.jsonl").read_text().splitlines()[-1])["time"])
-    prompt = next(tokens.held_out(1, 1))[0][:, :192]
-    speeds = time_generation(models, prompt, new=33, repeats=7)
+    losses, models = {spec: [] for spec in first.values()}, {}
+    for (spec, _), name in names.items():
+        models[spec], config = load_run(folder / name)
+        tokens = data.Tokens(Path(config.data_dir) / config.dataset, "val", config.block_size)
+        losses[spec].append(window_losses(models[spec], tokens, 128, 16))
+    x, y = tokens.windows(range(0, 4 * config.block_size, config.block_size))
+    prompt = x[:1, :192]
+
+    def train_step(model: GPT) -> float:
+        began = time.perf_counter()
+        model(x, y)[1].backward()
+        return time.perf_counter() - began
+
+    def ttft(model: GPT) -> float:
+        began = time.perf_counter()
+        next(model.stream(prompt, 1, temperature=0))
+        return time.perf_counter() - began
+
+    def tpot(model: GPT) -> float:
+        times = [time.perf_counter() for _ in model.stream(prompt, 33, temperature=0)]
+        return (times[-1] - times[0]) / 32
+
+    step_s, ttft_s, tpot_s = (interleaved(models, measure) for measure in (train_step, ttft, tpot))
     rows = []
-    for spec, x in shrink.items():
+    for spec, x_smaller in shrink.items():
         plan = Plan.parse(spec, n_layer)
-        same = name_of[plan]
-        loss, first, speed = losses[same], *speeds[same]
-        rows.append(
-            {
-                "plan": spec,
-                "shrink": x,
-                "same_as": same,
-                "cache_ratio": plan.cache_ratio,
-                "cyclic": plan.cyclic,
-                "seeds": seeds,
-                "loss": statistics.mean(loss),
-                "spread": max(loss) - min(loss),
-                "train_seconds": statistics.mean(seconds[same]),
-                "ttft_ms": 1e3 * first,
-                "tokens_per_s": speed,
-            }  # fmt: skip
-        )
-    lines = [
-        f"{seeds} seed(s), {max_iters} steps of 1,024 tokens; loss in nats/token on 128 held-out windows "
-        "(spread: largest less smallest seed); prompt of 192 tokens, medians of 7 interleaved repeats.",
-        "",
-        "| plan | cache | loss | spread | training | first token | decode | |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+        same = first[plan]
+        rows.append({"plan": spec, "shrink": x_smaller, "same_as": same, "cyclic": plan.cyclic})
+        by_seed = [float(windows.mean()) for windows in losses[same]]
+        above = sum(own - full for own, full in zip(losses[same], losses["full"])) / seeds
+        rows[-1] |= {"cache_ratio": plan.cache_ratio, "loss_by_seed": by_seed, "loss": mean(by_seed)}
+        rows[-1] |= {"delta": float(above.mean()), "delta_stderr": stderr(above)}
+        rows[-1] |= {"train_step_ms": 1e3 * step_s[same], "ttft_ms": 1e3 * ttft_s[same]}
+        rows[-1] |= {"tokens_per_s": 1 / tpot_s[same]}
+    columns = ["plan", "cache", "loss", "above full", "training step", "first token", "decode", ""]
+    text = f"""{seeds} seed(s) of {max_iters} steps of 1,024 tokens. Loss in nats/token, mean of the seeds (smallest
+to largest); above full: paired over 128 held-out windows, with the standard error over windows. Times are
+medians of 7 interleaved repeats: forward and backward of one batch, first token of a prompt of 192 tokens, and
+greedy decoding of 32 more.
+
+| {" | ".join(columns)} |
+{"|---" * len(columns)}|
+"""
     for r in rows:
-        note = "" if r["same_as"] == r["plan"] else f"the same plan as `{r['same_as']}`"
-        lines.append(
-            f"| `{r['plan']}` | {r['cache_ratio']:.0%} | {r['loss']:.3f} | {r['spread']:.3f} | "
-            f"{r['train_seconds']:.0f} s | {r['ttft_ms']:.0f} ms | {r['tokens_per_s']:.0f}/s | "
-            f"{note or 'cyclic' * r['cyclic']} |"
-        )
-    print("\n".join(lines))
-    (folder / "framework.md").write_text("\n".join(lines) + "\n")
+        low, high = min(r["loss_by_seed"]), max(r["loss_by_seed"])
+        spread = f" ({low:.3f} to {high:.3f})" if seeds > 1 else ""
+        above = f"{r['delta']:+.3f} +- {r['delta_stderr']:.3f}" if r["shrink"] > 1 else ""
+        note = f"the same plan as `{r['same_as']}`" if r["same_as"] != r["plan"] else "cyclic" * r["cyclic"]
+        cells = [f"`{r['plan']}`", f"{r['cache_ratio']:.0%}", f"{r['loss']:.3f}{spread}", above]
+        cells += [
+            f"{r['train_step_ms']:.0f} ms",
+            f"{r['ttft_ms']:.0f} ms",
+            f"{r['tokens_per_s']:.0f}/s",
+            note,
+        ]
+        text += f"| {' | '.join(cells)} |\n"
+    print(text)
+    (folder / "framework.md").write_text(text)
     (folder / "framework.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     draw_framework(rows, folder / "framework.png")
     print(f"wrote framework.md, framework.jsonl and framework.png to {folder}")
@@ -137,10 +151,8 @@ def draw_framework(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, 2, figsize=(9, 4), dpi=150, sharey=True)
-    for ax, key, label in (
-        (axes[0], "loss", "held-out loss, nats per token"),
-        (axes[1], "train_seconds", "training, seconds"),
-    ):
+    labels = {"loss": "held-out loss, nats per token", "train_step_ms": "training step, ms"}
+    for ax, (key, label) in zip(axes, labels.items()):
         for x, marker, fill in ((2, "o", "black"), (4, "s", "white")):
             points = [(r[key], NINE.index(r["plan"].split(":")[0])) for r in rows if r["shrink"] == x]
             ax.plot(*zip(*points), marker, mec="black", mfc=fill, label=f"cache {x}x smaller")
@@ -149,7 +161,7 @@ def draw_framework(rows: list[dict], path: Path) -> None:
         ax.grid(alpha=0.25)
     axes[0].set_yticks(range(9), NINE)
     axes[0].invert_yaxis()
-    axes[1].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8)
     fig.tight_layout()
     fig.savefig(path)
     plt.close(fig)
