@@ -116,10 +116,10 @@ def framework(folder: Path, seeds: int, max_iters: int) -> None:
         rows[-1] |= {"train_step_ms": 1e3 * step_s[same], "ttft_ms": 1e3 * ttft_s[same]}
         rows[-1] |= {"tokens_per_s": 1 / tpot_s[same]}
     columns = ["plan", "cache", "loss", "above full", "training step", "first token", "decode", ""]
-    text = f"""{seeds} seed(s) of {max_iters} steps of 1,024 tokens. Loss in nats/token, mean of the seeds (smallest
-to largest); above full: paired over 128 held-out windows, with the standard error over windows. Times are
-medians of 7 interleaved repeats: forward and backward of one batch, first token of a prompt of 192 tokens, and
-greedy decoding of 32 more.
+    text = f"""{seeds} seed(s), {max_iters} steps of 1,024 tokens. Loss in nats/token, mean of the seeds
+(smallest to largest); above full: paired over 128 held-out windows, with the standard error over windows. Times are
+medians of 7 interleaved repeats: forward and backward of one batch, first token of a prompt of 192
+tokens, and greedy decoding of 32 more.
 
 | {" | ".join(columns)} |
 {"|---" * len(columns)}|
@@ -128,7 +128,8 @@ greedy decoding of 32 more.
         low, high = min(r["loss_by_seed"]), max(r["loss_by_seed"])
         spread = f" ({low:.3f} to {high:.3f})" if seeds > 1 else ""
         above = f"{r['delta']:+.3f} +- {r['delta_stderr']:.3f}" if r["shrink"] > 1 else ""
-        note = f"the same plan as `{r['same_as']}`" if r["same_as"] != r["plan"] else "cyclic" * r["cyclic"]
+        note = "cyclic" if r["cyclic"] else ""
+        note = note if r["same_as"] == r["plan"] else f"the same plan as `{r['same_as']}`"
         cells = [f"`{r['plan']}`", f"{r['cache_ratio']:.0%}", f"{r['loss']:.3f}{spread}", above]
         cells += [
             f"{r['train_step_ms']:.0f} ms",

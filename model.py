@@ -22,6 +22,7 @@ class GPTConfig(Shape):
 
     block_size: int = 256
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama 3's, see GPT._set_rope
     norm_eps: float = 1e-5
     plan: str = "full"
 
@@ -170,6 +171,11 @@ class GPT(nn.Module):
     def _set_rope(self):
         c = self.config
         frequencies = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
+        if s := c.rope_scaling:  # Llama 3: slow turns get slower by `factor`, fast ones stay, a ramp between
+            turns = s["original_max_position_embeddings"] * frequencies / (2 * torch.pi)
+            low, high = s["low_freq_factor"], s["high_freq_factor"]
+            keep = ((turns - low) / (high - low)).clamp(0, 1)
+            frequencies = keep * frequencies + (1 - keep) * frequencies / s["factor"]
         angles = torch.outer(torch.arange(c.block_size), frequencies).to(self.embed.weight.device)
         self.cos, self.sin = angles.cos(), angles.sin()  # (block_size, d/2)
 

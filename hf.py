@@ -1,0 +1,226 @@
+"""Hugging Face checkpoint folders in and out: Llama (SmolLM too), Mistral, Qwen2 and Qwen3.
+
+    model = load_hf("path/to/SmolLM2-135M")      # config.json and model*.safetensors
+    save_hf(model, "path/to/mine")               # a folder that transformers opens
+
+Needs the package safetensors. What a config asks for and this model does not have is refused by name. A plan
+other than `full` lives in nanokv.json and nanokv.safetensors (its gates) beside the usual files.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from cli import UserError
+from kv_router import Plan
+from model import GPT, GPTConfig
+
+# Config keys that change nothing in a forward pass of these families.
+IGNORED = {
+    *(
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "model_type",
+        "use_cache",
+        "return_dict",
+    ),
+    *(
+        "initializer_range",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "id2label",
+        "label2id",
+        "_name_or_path",
+    ),
+    *("max_window_layers", "rope_theta", "rope_scaling", "rope_parameters", "layer_types", "sliding_window"),
+}
+# HF's name of a setting -> ours.
+SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "num_key_value_heads": "n_kv_head",
+    "head_dim": "head_dim",
+    "intermediate_size": "n_hidden",
+    "max_position_embeddings": "block_size",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+}
+FAMILIES = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
+
+
+def hf_name(name: str) -> str:
+    """blocks.3.attn.q_proj.weight -> model.layers.3.self_attn.q_proj.weight"""
+    if name == "lm_head.weight":
+        return name
+    for ours, theirs in (
+        ("embed.", "embed_tokens."),
+        ("blocks.", "layers."),
+        (".norm1.", ".input_layernorm."),
+        (".norm2.", ".post_attention_layernorm."),
+        (".attn.", ".self_attn."),
+    ):
+        name = name.replace(ours, theirs)
+    return "model." + name
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text())
+    except OSError as e:
+        raise UserError(
+            f"cannot read {path}: {e.strerror}; a checkpoint folder has config.json and safetensors"
+        ) from e
+    except ValueError as e:
+        raise UserError(f"{path} is not JSON: {e}") from e
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return value
+
+
+def read_config(folder: str | Path, block_size: int | None = None) -> GPTConfig:
+    """The model that a folder's config.json asks for, with a context of `block_size`, by default its own."""
+    path = Path(folder) / "config.json"
+    hf = read_json(path)
+    family = hf.get("model_type")
+    if family not in FAMILIES:
+        raise UserError(f"{path}: model_type {family!r} is not known; valid are {', '.join(FAMILIES)}")
+    sizes = {ours: hf[theirs] for theirs, ours in SIZES.items() if hf.get(theirs) is not None}
+    if missing := {"vocab_size", "n_embd", "n_layer", "n_head"} - set(sizes):
+        names = [theirs for theirs, ours in SIZES.items() if ours in missing]
+        raise UserError(f"{path} lacks {', '.join(names)}")
+    sizes = {"tie_embeddings": False, "n_kv_head": 0, "norm_eps": 1e-6} | sizes
+    sizes["block_size"] = min(block_size or sizes.get("block_size", 2048), sizes.get("block_size", 2048))
+
+    def refuse(what: object):
+        raise UserError(f"{path} asks for {what}, which this model does not have")
+
+    if hf.get("hidden_act", "silu") != "silu":
+        refuse(f"hidden_act {hf['hidden_act']!r}")
+    if hf.get("pretraining_tp", 1) != 1:
+        refuse(f"pretraining_tp {hf['pretraining_tp']}")
+    window = hf.get("sliding_window") if family == "mistral" or hf.get("use_sliding_window") else None
+    if window and window < sizes["block_size"]:
+        refuse(f"a sliding window of {window} tokens (load it with block_size={window} and none is needed)")
+    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
+    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    if kind == "default":
+        rope = {}
+    elif kind != "llama3":
+        refuse(f"rope scaling of type {kind!r}")
+    elif set(rope) != LLAMA3_ROPE:
+        refuse(f"llama3 rope scaling with {', '.join(sorted(set(rope) ^ LLAMA3_ROPE))} missing or unknown")
+    known = IGNORED | set(SIZES) | {"hidden_act", "pretraining_tp", "use_sliding_window"}
+    for key, value in hf.items():
+        if key not in known and value:  # switched off, or 0.0, is what we have
+            refuse(f"{key} = {value!r}")
+    plan_file = Path(folder) / "nanokv.json"
+    plan = read_json(plan_file).get("plan", "full") if plan_file.exists() else "full"
+    return GPTConfig(**sizes, **FAMILIES[family], rope_theta=theta, rope_scaling=rope or None, plan=plan)
+
+
+LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's safetensors: one file, or the shards that its index names."""
+    try:
+        from safetensors.torch import load_file
+    except ImportError as e:
+        raise UserError("Hugging Face folders need the package safetensors: pip install safetensors") from e
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        if any(Path(shard).name != shard for shard in shards):
+            raise UserError(f"{index} names a shard outside the folder")
+        files = [folder / shard for shard in shards]
+    elif single.exists():
+        files = [single]
+    elif pickled := next(folder.glob("*.bin"), None) or next(folder.glob("*.pt*"), None):
+        raise UserError(f"{pickled} holds pickled weights, which can run code; convert them to safetensors")
+    else:
+        raise UserError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
+    extra = folder / "nanokv.safetensors"
+    tensors = {}
+    for file in [*files, *([extra] if extra.exists() else [])]:
+        try:
+            tensors |= load_file(file)
+        except FileNotFoundError as e:
+            raise UserError(f"the shard {file} is missing; fetch the checkpoint again") from e
+        except Exception as e:  # safetensors' own error type, for what is truncated or no safetensors at all
+            raise UserError(f"{file} is damaged or no safetensors file ({e}); fetch it again") from e
+    return tensors
+
+
+def load_hf(folder: str | Path, block_size: int | None = None, dtype: torch.dtype = torch.float32) -> GPT:
+    """The model in a Hugging Face checkpoint folder, on the CPU.
+
+    Raises UserError (one line) for a missing, truncated or pickled file, a tensor that is missing, of the
+    wrong shape or not known, and for what its config asks and this model does not have."""
+    folder = Path(folder)
+    model = GPT(read_config(folder, block_size)).to(dtype)
+    tensors = read_tensors(folder)
+    wanted = {hf_name(name): p for name, p in model.state_dict().items()}
+    if model.config.tie_embeddings:  # some folders store the shared matrix once more
+        tensors.pop("lm_head.weight", None)
+        del wanted["lm_head.weight"]
+    tensors = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    for name in sorted(set(wanted) | set(tensors)):
+        if name not in tensors:
+            raise UserError(
+                f"{folder} has no tensor {name}, which its config.json asks for; a shard may be missing"
+            )
+        if name not in wanted:
+            raise UserError(f"{folder} has a tensor {name}, which this model does not have")
+        if wanted[name].shape != tensors[name].shape:
+            have, want = tuple(tensors[name].shape), tuple(wanted[name].shape)
+            raise UserError(f"{folder}: tensor {name} is {have} and its config.json asks for {want}")
+        wanted[name].copy_(tensors[name])
+    return model.eval()
+
+
+def save_hf(model: GPT, folder: str | Path) -> None:
+    """Write a folder that transformers opens: as Qwen3 with QK-norm, as Qwen2 with biases, else as Llama.
+    With a plan other than `full`, transformers finds no weights for the projections that the plan does
+    without, and knows nothing of the plan; `load_hf` reads both."""
+    from safetensors.torch import save_file
+
+    c, folder = model.config, Path(folder)
+    if c.qk_norm and c.qkv_bias:
+        raise UserError("no Hugging Face family here has both QK-norm and biases without one on the output")
+    family = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
+    architecture = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[
+        family
+    ]
+    if family == "qwen2" and c.head_dim * c.n_head != c.n_embd:
+        raise UserError(f"Qwen2 has head_dim n_embd / n_head, and this model {c.head_dim}")
+    rope = {"rope_theta": c.rope_theta, "rope_type": "default"} | (
+        {"rope_type": "llama3", **c.rope_scaling} if c.rope_scaling else {}
+    )
+    config = {theirs: getattr(c, ours) for theirs, ours in SIZES.items()}
+    config |= {
+        "architectures": [architecture],
+        "model_type": family,
+        "hidden_act": "silu",
+        "rope_parameters": rope,
+    }
+    config |= {"dtype": str(model.embed.weight.dtype).removeprefix("torch.")}
+    state = {hf_name(name): p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
+    if c.tie_embeddings:
+        del state["lm_head.weight"]
+    gates = {name: state.pop(name) for name in list(state) if name.endswith("_gate")}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    for name in ("nanokv.json", "nanokv.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+    if Plan.parse(c.plan, c.n_layer).spec != "full":
+        (folder / "nanokv.json").write_text(json.dumps({"plan": model.plan.spec}) + "\n")
+        if gates:
+            save_file(gates, folder / "nanokv.safetensors", metadata={"format": "pt"})
