@@ -133,7 +133,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def load_tokenizer(folder: str | Path) -> tiktoken.Encoding:
+def load_tokenizer(folder: str | Path) -> "tiktoken.Encoding | JsonTokenizer":
     """The tokenizer of a tokenized corpus (data/NAME) or of a run made from one."""
     folder = Path(folder)
     name = read_meta(folder)["tokenizer"]
@@ -147,7 +147,53 @@ def load_tokenizer(folder: str | Path) -> tiktoken.Encoding:
                 "tokenizer gpt2 is downloaded at first use and could not be reached; go online once, or use "
                 "--tokenizer bpe:4096 or bytes"
             ) from e
+    if name.endswith(".json"):
+        return JsonTokenizer(folder / "tokenizer.json")
     return encoding(name, read_ranks(folder / "tokenizer.tiktoken"))
+
+
+class JsonTokenizer:
+    """A Hugging Face tokenizer.json, with the few methods of tiktoken.Encoding that this project uses."""
+
+    def __init__(self, path: Path):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as e:
+            raise UserError("tokenizer.json needs the package tokenizers: pip install tokenizers") from e
+        try:
+            text = path.read_text()
+            self.tokenizer = Tokenizer.from_str(text)
+        except OSError as e:
+            raise UserError(f"cannot read the tokenizer {path}: {e.strerror}") from e
+        except Exception as e:  # the package raises plain Exception
+            raise UserError(f"{path} is not a Hugging Face tokenizer ({first_line(e)})") from e
+        vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
+        self.n_vocab = max(vocabulary.values()) + 1
+        ends = ("<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "</s>", "<eos>", "<s>")
+        self.eot_token = next((vocabulary[end] for end in ends if end in vocabulary), None)
+        if self.eot_token is None:
+            raise UserError(f"{path} has none of the end-of-text tokens {', '.join(ends)}")
+        added = json.loads(text).get("added_tokens") or []
+        self._added = {token["id"] for token in added}
+        # byte-level tokenizers write every byte as one printable character, after GPT-2
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        rest = [b for b in range(256) if b not in printable]
+        self._byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
+        self._byte_level = "ByteLevel" in json.dumps(json.loads(text).get("decoder"))
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return b"".join(map(self.decode_single_token_bytes, ids)).decode(errors="replace")
+
+    def decode_single_token_bytes(self, i: int) -> bytes:
+        token = self.tokenizer.id_to_token(i) or ""
+        if self._byte_level and i not in self._added:
+            return bytes(self._byte[c] for c in token)
+        if m := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
+            return bytes([int(m[1], 16)])
+        return token.replace("\u2581", " ").encode()
 
 
 def read_meta(folder: Path) -> dict:
@@ -290,9 +336,13 @@ def make_tokenizer(name: str, documents: Callable[[], Iterable[str]], folder: Pa
     elif name.endswith(".tiktoken"):
         read_ranks(Path(name))
         shutil.copyfile(name, path)
+    elif name.endswith(".json"):
+        JsonTokenizer(Path(name))
+        shutil.copyfile(name, folder / "tokenizer.json")
     elif name not in ("bytes", "gpt2"):
         raise UserError(
-            f"--tokenizer {name}: valid are bpe:SIZE (for example bpe:4096), gpt2, bytes, or a .tiktoken file"
+            f"--tokenizer {name}: valid are bpe:SIZE (for example bpe:4096), gpt2, bytes, a .tiktoken file, "
+            "or a tokenizer.json"
         )
 
 
@@ -459,7 +509,9 @@ def main():
     parser.add_argument("--column", default="text", help="with --hf: the column that holds the text [text]")
     parser.add_argument("--name", help="the folder below --data_dir to write [the dataset's name]")
     parser.add_argument(
-        "--tokenizer", default="bpe:4096", help="bpe:SIZE, gpt2, bytes, or a .tiktoken file [bpe:4096]"
+        "--tokenizer",
+        default="bpe:4096",
+        help="bpe:SIZE, gpt2, bytes, a .tiktoken file or a tokenizer.json [bpe:4096]",
     )
     parser.add_argument("--data_dir", default="data", help="where tokenized corpora live [data]")
     args = parser.parse_args()

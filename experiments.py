@@ -117,8 +117,8 @@ def framework(folder: Path, seeds: int, max_iters: int) -> None:
         rows[-1] |= {"tokens_per_s": 1 / tpot_s[same]}
     columns = ["plan", "cache", "loss", "above full", "training step", "first token", "decode", ""]
     text = f"""{seeds} seed(s), {max_iters} steps of 1,024 tokens. Loss in nats/token, mean of the seeds
-(smallest to largest); above full: paired over 128 held-out windows, with the standard error over windows. Times are
-medians of 7 interleaved repeats: forward and backward of one batch, first token of a prompt of 192
+(smallest to largest); above full: paired over 128 held-out windows, with the standard error over windows.
+Times are medians of 7 interleaved repeats: forward and backward of one batch, first token of a prompt of 192
 tokens, and greedy decoding of 32 more.
 
 | {" | ".join(columns)} |

@@ -1,5 +1,6 @@
 """Hugging Face checkpoint folders in and out: Llama (SmolLM too), Mistral, Qwen2 and Qwen3.
 
+    python hf.py RUN FOLDER                      # write a training run as such a folder
     model = load_hf("path/to/SmolLM2-135M")      # config.json and model*.safetensors
     save_hf(model, "path/to/mine")               # a folder that transformers opens
 
@@ -8,11 +9,12 @@ other than `full` lives in nanokv.json and nanokv.safetensors (its gates) beside
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 
-from cli import UserError
+from cli import Parser, UserError, run
 from kv_router import Plan
 from model import GPT, GPTConfig
 
@@ -224,3 +226,21 @@ def save_hf(model: GPT, folder: str | Path) -> None:
         (folder / "nanokv.json").write_text(json.dumps({"plan": model.plan.spec}) + "\n")
         if gates:
             save_file(gates, folder / "nanokv.safetensors", metadata={"format": "pt"})
+
+
+def main():
+    from train import load_run  # train.py reads folders through this file
+
+    parser = Parser(__doc__)
+    parser.add_argument("out_dir", metavar="RUN", help="a training run, for example out/demo/normal")
+    parser.add_argument("folder", metavar="FOLDER", help="where config.json and model.safetensors go")
+    args = parser.parse_args()
+    model, _ = load_run(args.out_dir)
+    save_hf(model, args.folder)
+    if (tokenizer := Path(args.out_dir) / "tokenizer.json").exists():
+        shutil.copyfile(tokenizer, Path(args.folder) / "tokenizer.json")
+    print(f"wrote {args.folder}: {model.config.vocab_size:,} tokens, plan {model.plan.spec}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -5,7 +5,7 @@ Shapes: B sequences, T positions, C = n_embd features, nh query and nkv key/valu
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -204,24 +204,26 @@ class GPT(nn.Module):
             raise PlanError(
                 f"plan {plan.spec!r} is for {len(plan)} layers and the model has {self.config.n_layer}"
             )
-        this = f"this model, built for {self.plan.spec!r},"
+        self.check_sources(plan)
         for i, (built, asked) in enumerate(zip(self.plan.routes, plan.routes)):
-            for kind, have, gates, want in (
-                ("K", self.plan.k_layers, built.k, asked.k),
-                ("V", self.plan.v_layers, built.v, asked.v),
-            ):
-                which = f"plan {plan.spec!r}: layer {i}"
-                if missing := set(want) - set(have):
-                    raise PlanError(
-                        f"{which} reads {kind} of layer {min(missing)}, which {this} does not compute; "
-                        f"it has {kind} of layers {listed(have)}"
-                    )
+            for kind, gates, want in (("K", built.k, asked.k), ("V", built.v, asked.v)):
                 if len(want) > 1 and want != gates:
                     raise PlanError(
-                        f"{which} fuses the {kind} of layers {listed(want)}, and {this} has no gates for "
-                        f"that; train one with --plan {plan.spec}"
+                        f"plan {plan.spec!r}: layer {i} fuses the {kind} of layers {listed(want)}, and this "
+                        f"model, built for {self.plan.spec!r}, has no gates for that; train one with --plan"
                     )
         return plan
+
+    def check_sources(self, plan: Plan) -> None:
+        """Raise PlanError when the plan reads keys or values that the model does not compute."""
+        for i, route in enumerate(plan.routes):
+            for kind, have, want in (("K", self.plan.k_layers, route.k), ("V", self.plan.v_layers, route.v)):
+                if missing := set(want) - set(have):
+                    raise PlanError(
+                        f"plan {plan.spec!r}: layer {i} reads {kind} of layer {min(missing)}, which this "
+                        f"model, built for {self.plan.spec!r}, does not compute; it has {kind} of layers "
+                        f"{listed(have)}"
+                    )
 
     def hidden(
         self,
@@ -376,3 +378,37 @@ class GPT(nn.Module):
     def generate(self, idx: Tensor, max_new_tokens: int, *args, **options) -> Tensor:
         """`stream` in one piece: (B, T) -> (B, T + max_new_tokens)."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, *args, **options)], dim=1)
+
+
+@torch.no_grad()
+def convert(model: GPT, plan: str, calibration: Iterable[Tensor] = ()) -> GPT:
+    """A model built for `plan` with the weights of `model`; projections that no one reads any more go.
+
+    Gates of fused layers are the least-squares fit of the layer's own K and V on those of its sources over
+    the `calibration` batches of token ids, (B, T) each: one small linear system per head and feature, for
+    keys per pair of features that RoPE turns together. Without calibration they start as in a new model.
+    Raises PlanError where `model` lacks what the plan reads."""
+    config = replace(model.config, plan=plan)
+    new = GPT(config).to(model.embed.weight)
+    model.check_sources(new.plan)
+    weights = model.state_dict()
+    new.load_state_dict({n: weights.get(n, p) for n, p in new.state_dict().items()})
+    sums = {}  # (layer, which) -> [A, b] of the normal equations A gate = b
+    for idx in calibration:
+        cache = KVCache(model.config, model.plan, *idx.shape, model.embed.weight.dtype, idx.device)
+        model(idx, cache=cache)
+        for i, route in enumerate(new.plan.routes):
+            for which, stored, sources in (("k", cache.k, route.k), ("v", cache.v, route.v)):
+                if len(sources) == 1 or i not in stored:
+                    continue
+                x, y = torch.stack([stored[j] for j in sources]).double(), stored[i].double()
+                if which == "k":  # the two halves of a head are further samples of the same gates
+                    x, y = (torch.cat(t.chunk(2, dim=-1), dim=-2) for t in (x, y))
+                A, b = torch.einsum("mbhtd,nbhtd->hdmn", x, x), torch.einsum("mbhtd,bhtd->hdm", x, y)
+                old = sums.get((i, which), (0, 0))
+                sums[i, which] = (old[0] + A, old[1] + b)
+    for (i, which), (A, b) in sums.items():
+        ridge = 1e-6 * A.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(A.size(-1)).to(A)
+        gate = torch.linalg.solve(A + ridge, b)  # (nkv, d or d/2, m)
+        getattr(new.blocks[i].attn, f"{which}_gate").copy_(gate.permute(2, 0, 1)[:, :, None])
+    return new.eval()

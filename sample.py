@@ -14,6 +14,7 @@ import data
 from cli import Parser, UserError, run
 from kv_router import human
 from model import KVCache
+from sweep import auto_plan
 from train import load_run, pick_device, pick_dtype
 
 
@@ -24,7 +25,8 @@ def main():
         "--plan",
         action="append",
         metavar="SPEC",
-        help="a sharing plan; may be given several times [the run's own]",
+        help="a plan, or auto:0.5 for the best that sweep.py --search found within half the cache; may be "
+        "given several times [the run's own]",
     )
     parser.add_argument(
         "--start", default="", metavar="TEXT|FILE:PATH", help="the prompt [empty: the start of a document]"
@@ -60,7 +62,7 @@ def main():
             f"a prompt of {len(prompt)} tokens and {args.max_new_tokens} new ones do not fit the context of "
             f"{model.config.block_size}; shorten --start or lower --max_new_tokens"
         )
-    specs = args.plan or [model.plan.spec]
+    specs = [auto_plan(spec, args.out_dir) for spec in args.plan or [model.plan.spec]]
     plans = [model.resolve(spec) for spec in specs]
     idx = torch.tensor([prompt], device=device)
     for spec, plan in zip(specs, plans):

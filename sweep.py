@@ -2,10 +2,13 @@
 
 python sweep.py --out_dir out/normal out/stochastic out/fusedkv
 python sweep.py --out_dir out/stochastic --plans full cla:2 keep:0,1,6 fusedkv-lite
+python sweep.py --out_dir out/normal --search
 """
 
+import heapq
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ import data
 from cli import Parser, Progress, UserError, run
 from kv_router import Plan, PlanError, costs, human
 from model import GPT
-from train import bits_per_byte, load_run, pick_device, window_losses
+from train import bits_per_byte, load_run, pick_device, replace_file, window_losses
 
 
 def ladder(n_layer: int) -> list[str]:
@@ -25,12 +28,79 @@ def ladder(n_layer: int) -> list[str]:
     return list(dict.fromkeys(Plan.parse(spec, n_layer).spec for spec in specs))
 
 
+def search(model: GPT, tokens: data.Tokens, windows: int, batch_size: int) -> list[tuple[Plan, float]]:
+    """A good plan for every cache size, and its loss on windows of `tokens`: start from all caches, again and
+    again drop the K or the V whose loss hurts least, and let the best of the stored layers below stand in.
+
+    What a drop cost before mostly bounds what it costs now from below, so only drops whose old cost is still
+    the lowest are looked at again: a few evaluations a step, not one per stored tensor."""
+
+    def loss(plan: Plan) -> float:
+        return float(window_losses(model, tokens, windows, batch_size, plan).mean())
+
+    def stored_below(plan: Plan, kind: str, layer: int) -> list[int]:
+        return [j for j in (plan.k_layers if kind == "k" else plan.v_layers) if j < layer]
+
+    def drop(plan: Plan, kind: str, layer: int, source: int) -> Plan:
+        """All readers of this layer's K (or V) read `source`'s."""
+        moved = (replace(r, **{kind: (source,)}) if getattr(r, kind) == (layer,) else r for r in plan.routes)
+        return Plan(tuple(moved))
+
+    path = [(model.plan, loss(model.plan))]
+    queue = [(0.0, 0, kind, layer) for kind in "kv" for layer in range(1, len(model.plan))]
+    progress = Progress("searching", len(queue))
+    while queue:
+        plan = path[-1][0]
+        cost, known_at, kind, layer = heapq.heappop(queue)
+        below = stored_below(plan, kind, layer)
+        if known_at < len(path):
+            heapq.heappush(queue, (loss(drop(plan, kind, layer, below[-1])), len(path), kind, layer))
+            continue
+        others = [(loss(p), p) for p in (drop(plan, kind, layer, j) for j in below[:-1])]
+        best = min([(cost, drop(plan, kind, layer, below[-1])), *others], key=lambda pair: pair[0])
+        path.append((best[1], best[0]))
+        progress(len(path) - 1, f"{best[1].cache_ratio:.1%} of the cache")
+    return path
+
+
+def auto_plan(spec: str, out_dir: str) -> str:
+    """'auto:0.5' -> the best plan that `sweep.py --search` found for that run within half the cache; any
+    other spec stays as it is."""
+    name, _, share = spec.partition(":")
+    if name != "auto":
+        return spec
+    try:
+        limit = float(share)
+        rows = [json.loads(line) for line in (Path(out_dir) / "search.jsonl").read_text().splitlines()]
+    except ValueError as e:
+        raise UserError(
+            f"plan {spec!r}: {share!r} is not a share of the full cache, for example auto:0.5"
+        ) from e
+    except FileNotFoundError as e:
+        raise UserError(
+            f"plan {spec!r}: none were searched for this run; python sweep.py --out_dir {out_dir} --search"
+        ) from e
+    fits = [r for r in rows if r["cache_ratio"] <= limit]
+    if not fits:
+        smallest = min(r["cache_ratio"] for r in rows)
+        raise UserError(
+            f"plan {spec!r}: the smallest cache found is {smallest:.4g} of the full one; ask for more"
+        )
+    return min(fits, key=lambda r: r["calibration_loss"])["plan"]
+
+
 def score(
-    runs: dict[str, GPT], tokens: data.Tokens, specs: list[str] | None, windows: int, batch_size: int
+    runs: dict[str, GPT],
+    tokens: data.Tokens,
+    specs: list[str] | None,
+    windows: int,
+    batch_size: int,
+    found: dict[str, list[Plan]],
 ) -> list[dict]:
     """One row per run and plan: by default the ladder for a model that computes every layer's KV, and for one
     built for a plan that plan. `delta` is the loss above `full` on the same windows, of the same run or,
-    where a run has no full cache, of the first that has; `delta_stderr` its paired standard error."""
+    where a run has no full cache, of the first that has; `delta_stderr` its paired standard error. `found`:
+    further plans of single runs."""
     todo, lacking = [], []
     for name, model in runs.items():
         n_layer, built = model.config.n_layer, model.plan.spec
@@ -38,7 +108,7 @@ def score(
         plans = [Plan.parse(spec, n_layer) for spec in (specs or default)]
         if built == "full":
             plans = [model.plan] + [p for p in plans if p != model.plan]  # the reference of `delta`
-        for plan in dict.fromkeys(plans):
+        for plan in dict.fromkeys(plans + found.get(name, [])):
             try:
                 todo.append((name, model.resolve(plan)))
             except PlanError as e:
@@ -159,10 +229,12 @@ def draw(rows: list[dict], path: Path) -> None:
     ax.grid(alpha=0.25)
     ax.legend(frameon=False)
     fig.tight_layout()
-    work = path.with_suffix(".tmp")
-    fig.savefig(work, format="png")
+    replace_file(path, lambda work: fig.savefig(work, format="png"))
     plt.close(fig)
-    os.replace(work, path)
+
+
+def write_lines(rows: list[dict], path: Path) -> None:
+    replace_file(path, lambda work: work.write_text("".join(json.dumps(r) + "\n" for r in rows)))
 
 
 def load_runs(
@@ -206,6 +278,9 @@ def main():
     parser.add_argument(
         "--save_dir", help="where sweep.jsonl and the picture go [the run's folder, or that around several]"
     )
+    parser.add_argument(
+        "--search", action="store_true", help="find good plans for every cache size on training text"
+    )
     parser.add_argument("--data_dir", help="where tokenized corpora live [as in training]")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... [auto]")
     args = parser.parse_args()
@@ -214,12 +289,19 @@ def main():
     runs, tokens = load_runs(args.out_dir, pick_device(args.device), args.data_dir)
     around = os.path.commonpath([os.path.abspath(path) for path in args.out_dir])
     folder = Path(args.save_dir or os.path.relpath(around))
-    rows = score(runs, tokens, args.plans, args.windows, args.batch_size)
+    found = {}
+    for path, (name, model) in zip(args.out_dir, runs.items()) if args.search else ():
+        if model.plan.spec != "full":
+            raise UserError(f"--search starts from all caches, and {path} was built for {model.plan.spec!r}")
+        train = data.Tokens(tokens.path.parent, "train", model.config.block_size)  # not what is scored
+        plans = search(model, train, args.windows // 4 or 1, args.batch_size)
+        rows = [{"plan": p.spec, "cache_ratio": p.cache_ratio, "calibration_loss": loss} for p, loss in plans]
+        write_lines(rows, Path(path) / "search.jsonl")
+        found[name] = [plan for plan, _ in plans]
+    rows = score(runs, tokens, args.plans, args.windows, args.batch_size, found)
     print(table(rows))
     folder.mkdir(parents=True, exist_ok=True)
-    work = folder / "sweep.tmp"
-    work.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    os.replace(work, folder / "sweep.jsonl")
+    write_lines(rows, folder / "sweep.jsonl")
     draw(rows, folder / "cache_vs_loss.png")
     print(f"wrote {folder / 'sweep.jsonl'} and {folder / 'cache_vs_loss.png'}")
 

@@ -25,18 +25,17 @@ import numpy as np
 import torch
 
 import data
+import hf
 import kernels
 from cli import UserError, duration, first_line, given_settings, run, setting
 from kv_router import Plan, StochasticRouter
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, convert
 
 
 @dataclass
 class TrainConfig:
     out_dir: str = setting("out/run", "where checkpoints, logs and settings of this run go")
-    init_from: str = setting(
-        "scratch", "scratch, or resume: go on from out_dir/ckpt.pt", ("scratch", "resume")
-    )
+    init_from: str = setting("scratch", "scratch; resume: from out_dir/ckpt.pt; hf:FOLDER: Hugging Face's")
     # the data
     dataset: str = setting(
         "python", "a tokenized corpus below data_dir; python and shakespeare are made when missing"
@@ -62,7 +61,7 @@ class TrainConfig:
     # optimization
     batch_size: int = setting(16, "sequences per micro-step")
     gradient_accumulation_steps: int = setting(1, "micro-steps per step")
-    max_iters: int = setting(600, "steps")
+    max_iters: int = setting(600, "steps; 0 only evaluates and saves")
     learning_rate: float = setting(3e-3, "peak learning rate")
     min_lr: float = setting(3e-4, "learning rate at the end of the cosine")
     warmup_iters: int = setting(50, "steps of linear warm-up")
@@ -185,8 +184,8 @@ def make_optimizer(model: GPT, c: TrainConfig) -> torch.optim.Optimizer:
 
 
 AT_LEAST = {  # the smallest valid value of a setting
-    1: "batch_size gradient_accumulation_steps max_iters eval_interval eval_iters log_interval block_size",
-    0: "learning_rate min_lr warmup_iters weight_decay beta1 beta2 grad_clip seed sample_interval",
+    1: "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval block_size",
+    0: "max_iters learning_rate min_lr warmup_iters weight_decay beta1 beta2 grad_clip seed sample_interval",
 }
 
 
@@ -205,10 +204,21 @@ def settings() -> tuple[TrainConfig, dict | None]:
                     "leave it out, or start anew in another --out_dir"
                 )
         c = TrainConfig(**checkpoint["config"] | given)
+    elif c.init_from != "scratch" and not c.init_from.startswith("hf:"):
+        raise UserError(f"--init_from {c.init_from!r} is not valid; it is scratch, resume or hf:FOLDER")
     elif path.exists():
         raise UserError(
             f"{c.out_dir} holds a run; go on with it: --init_from=resume, or choose another --out_dir"
         )
+    elif c.init_from.startswith("hf:"):
+        found = asdict(hf.read_config(c.init_from[3:], c.block_size))
+        shape = {f.name: found[f.name] for f in fields(TrainConfig) if f.name in found}
+        for name in set(shape) & set(given) - {"plan", "forward_passes", "backward_passes"}:
+            if shape[name] != given[name]:
+                raise UserError(
+                    f"--{name} {given[name]} contradicts {c.init_from[3:]}, which has {shape[name]}"
+                )
+        c = TrainConfig(**asdict(c) | shape | given)
     for low, names in AT_LEAST.items():
         for name in names.split():
             if not getattr(c, name) >= low:
@@ -229,6 +239,21 @@ def model_config(c: TrainConfig, vocab_size: int) -> GPTConfig:
     return GPTConfig(**sizes, vocab_size=vocab_size)
 
 
+def pretrained(c: TrainConfig, train: data.Tokens) -> GPT:
+    """The model in a Hugging Face folder, converted to --plan on 16 windows of the training text."""
+    model = hf.load_hf(c.init_from[3:], c.block_size)
+    if train.meta["vocab_size"] > model.config.vocab_size:
+        raise UserError(
+            f"{train.path.parent} has a vocabulary of {train.meta['vocab_size']:,} and {c.init_from[3:]} "
+            f"one of {model.config.vocab_size:,}; tokenize with the folder's own: python data.py "
+            f"--tokenizer {Path(c.init_from[3:]) / 'tokenizer.json'}"
+        )
+    model.config.forward_passes, model.config.backward_passes = c.forward_passes, c.backward_passes
+    if Plan.parse(c.plan, c.n_layer) != model.plan:
+        model = convert(model, c.plan, [x for x, _ in train.held_out(16, 4)])
+    return model.train()
+
+
 def git_commit() -> str | None:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
@@ -246,7 +271,7 @@ class Log:
         for line in path.read_text().splitlines() if step and path.exists() else []:
             if line.endswith("}") and json.loads(line)["step"] <= step:  # a killed run can leave half a line
                 kept.append(line + "\n")
-        replace(path, lambda work: work.write_text("".join(kept)))
+        replace_file(path, lambda work: work.write_text("".join(kept)))
         self.file = open(path, "a")
 
     def __call__(self, **row):
@@ -254,7 +279,7 @@ class Log:
         self.file.flush()
 
 
-def replace(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside and rename: a reader finds the old file or the new one, never half of one."""
     work = path.with_name(path.name + ".tmp")
     write(work)
@@ -274,8 +299,15 @@ def main():
     corpus = train.meta["train"]["sha256"]
 
     torch.manual_seed(c.seed)
-    model = GPT(model_config(c, train.meta["vocab_size"]))
     start, best, seconds = 0, math.inf, 0.0
+    if c.init_from.startswith("hf:"):
+        model = pretrained(c, train)
+    else:
+        model = GPT(
+            GPTConfig(**checkpoint["model_config"])
+            if checkpoint
+            else model_config(c, train.meta["vocab_size"])
+        )
     if checkpoint:
         if checkpoint["corpus"] != corpus:
             raise UserError(
@@ -297,7 +329,11 @@ def main():
 
     out = Path(c.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("meta.json", "tokenizer.tiktoken"):  # so that a run can be sampled without its corpus
+    for name in (
+        "meta.json",
+        "tokenizer.tiktoken",
+        "tokenizer.json",
+    ):  # so that a run can be sampled without its corpus
         if (folder / name).exists():
             shutil.copyfile(folder / name, out / name)
     (out / "config.json").write_text(json.dumps(asdict(c), indent=1) + "\n")
@@ -331,7 +367,7 @@ def main():
             "time": clock(),
         }
         for name in ("best.pt", "ckpt.pt") if is_best else ("ckpt.pt",):
-            replace(out / name, lambda work: torch.save(state, work))
+            replace_file(out / name, lambda work: torch.save(state, work))
 
     def clock() -> float:
         return seconds + time.time() - began
@@ -367,7 +403,7 @@ def main():
             bpb, is_best, best = bits_per_byte(loss, val), loss < best, min(loss, best)
             log(step=step, val_loss=loss, val_bpb=bpb, tokens=step * tokens_per_step, time=clock())
             print(f"step {step:5}  val {loss:.4f} nats/token  {bpb:.4f} bits/byte", flush=True)
-        if (due and step > start) or interrupted:
+        if (due and (step > start or step == c.max_iters)) or interrupted:
             save(step, is_best)
         if c.sample_interval and step > start and step % c.sample_interval == 0:
             show_sample(model, out, device)

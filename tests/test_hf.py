@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_model
@@ -11,6 +12,8 @@ from test_model import tokens
 
 from cli import UserError
 from hf import load_hf, save_hf
+from kv_router import PlanError
+from model import KVCache, convert
 
 transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -170,3 +173,49 @@ def test_bad_files_are_refused(tmp_path):
         save_file(tensors, folder / weights)
 
     assert "no tensor model.norm.weight" in refused("gap", drop)
+
+
+@torch.no_grad()
+def test_conversion_fits_the_gates_by_least_squares():
+    """The fit of every head and feature equals numpy's, and no other gates come closer."""
+    model = make_model(n_layer=4, block_size=64)
+    batches = [tokens(2, 40, seed=s) for s in range(3)]
+    new = convert(model, "fusedkv", batches)
+    assert new.plan.spec == "fusedkv" and new.blocks[3].attn.k_proj is None
+    K, V = {}, {}
+    for idx in batches:
+        cache = KVCache(model.config, model.plan, 2, 40)
+        model(idx, cache=cache)
+        for store, stored in ((K, cache.k), (V, cache.v)):
+            for i, t in stored.items():
+                store[i] = torch.cat((store[i], t)) if i in store else t
+    for i in (2, 3):
+        for head in range(2):
+            for j in range(8):
+                columns = [V[s][:, head, :, j].flatten().numpy() for s in (0, 1)]
+                best = np.linalg.lstsq(
+                    np.stack(columns, 1), V[i][:, head, :, j].flatten().numpy(), rcond=None
+                )[0]
+                assert new.blocks[i].attn.v_gate[:, head, 0, j].numpy() == pytest.approx(best, abs=1e-3)
+            for j in range(4):  # a key gate serves features j and j + 4
+                columns = [K[s][:, head][..., [j, j + 4]].flatten().numpy() for s in (0, 1)]
+                target = K[i][:, head][..., [j, j + 4]].flatten().numpy()
+                best = np.linalg.lstsq(np.stack(columns, 1), target, rcond=None)[0]
+                assert new.blocks[i].attn.k_gate[:, head, 0, j].numpy() == pytest.approx(best, abs=1e-3)
+
+
+@torch.no_grad()
+def test_conversion_keeps_what_a_plan_keeps():
+    model = make_model()
+    idx = tokens(1, 12)
+    for plan in ("full", "cla:2", "fusedkv-lite", "sandwich-top:3"):
+        new = convert(model, plan)
+        torch.testing.assert_close(new.logits(idx), model.logits(idx, plan), rtol=1e-5, atol=1e-5)
+    with pytest.raises(PlanError, match="layer 2 reads K of layer 2"):
+        convert(make_model("fusedkv"), "full")
+    whole = make_model()
+    for block in whole.blocks[2:]:
+        for proj in (block.attn.k_proj, block.attn.v_proj):
+            torch.nn.init.zeros_(proj.weight)
+    gates = [p for n, p in convert(whole, "fusedkv", [idx]).named_parameters() if n.endswith("_gate")]
+    assert max(g.abs().max() for g in gates) < 1e-4  # zero is the best fit of zero

@@ -336,3 +336,117 @@ def test_sample_mistakes(trained, tmp_path, refused):
     assert "not UTF-8" in refused(
         "sample.py", *out, "--start", f"FILE:{tmp_path / 'latin'}", "--max_new_tokens", 4
     )
+
+
+def test_search_finds_plans_and_auto_takes_them(trained, script, refused):
+    out = trained / "stochastic"
+    assert "--search" in refused(
+        "sample.py", "--out_dir", trained / "normal", "--plan", "auto:0.5", "--max_new_tokens", 4
+    )
+    assert "built for 'fusedkv'" in refused("sweep.py", "--out_dir", trained / "fusedkv", "--search")
+    assert script("sweep.py", "--out_dir", out, "--search", "--windows", 16)[0] == 0
+    rows = [json.loads(line) for line in (out / "search.jsonl").read_text().splitlines()]
+    ratios = [r["cache_ratio"] for r in rows]
+    assert ratios == [n / 8 for n in range(8, 1, -1)]  # one tensor a step, from 4 K and 4 V to one of each
+    model, config = train.load_run(out)
+    tokens = Tokens(f"{config.data_dir}/{config.dataset}", "train", 32)
+    for a, b in zip(rows, rows[1:]):
+        old, new = (train.Plan.parse(r["plan"], 4) for r in (a, b))
+        assert set(new.k_layers) <= set(old.k_layers) and set(new.v_layers) <= set(old.v_layers)
+        loss = train.window_losses(model, tokens, 4, 4, new).mean()
+        assert b["calibration_loss"] == pytest.approx(loss, abs=1e-4)
+    # the first drop is the best of all there are
+    full, options = model.plan, []
+    for kind in "kv":
+        for layer in range(1, 4):
+            for source in range(layer):
+                routes = [train.asdict(r) for r in full.routes]
+                routes[layer][kind] = (source,)
+                options.append(train.Plan(tuple(type(full[0])(**r) for r in routes)))
+    losses = {p: train.window_losses(model, tokens, 4, 4, p).mean() for p in options}
+    nearest = [p for p in options if all(i - min(r.k + r.v) <= 1 for i, r in enumerate(p.routes))]
+    assert rows[1]["calibration_loss"] <= min(losses[p] for p in nearest) + 1e-5
+    status, text, _ = script("sample.py", "--out_dir", out, "--plan", "auto:0.5", "--max_new_tokens", 4)
+    best = min((r for r in rows if r["cache_ratio"] <= 0.5), key=lambda r: r["calibration_loss"])
+    assert status == 0 and f"--- {best['plan']}: first token" in text
+    assert "ask for more" in refused(
+        "sample.py", "--out_dir", out, "--plan", "auto:0.1", "--max_new_tokens", 4
+    )
+    assert "is not a share" in refused(
+        "sample.py", "--out_dir", out, "--plan", "auto:half", "--max_new_tokens", 4
+    )
+
+
+def test_fine_tuning_and_conversion_start_from_a_folder(trained, corpus, tmp_path, script, refused):
+    """A normal run written as a Hugging Face folder, read back, converted, fine-tuned with routing, resumed."""
+    pytest.importorskip("safetensors")
+    folder = tmp_path / "folder"
+    assert script("hf.py", trained / "normal", folder)[0] == 0
+    before, _ = train.load_run(trained / "normal")
+    init = [
+        f"--data_dir={corpus.parent}",
+        f"--dataset={corpus.name}",
+        f"--init_from=hf:{folder}",
+        "--block_size=32",
+    ]
+    init += ["--batch_size=8", "--eval_iters=2", "--device=cpu", "--dtype=float32"]
+    losses = {}
+    for plan in ("full", "fusedkv", "fusedkv-lite"):
+        out = tmp_path / plan
+        assert script("train.py", *init, f"--plan={plan}", "--max_iters=0", f"--out_dir={out}")[0] == 0
+        losses[plan] = read_log(out, "val_loss")[0]
+        model, config = train.load_run(out)
+        assert model.plan.spec == plan and config.n_layer == 4
+    assert losses["full"] == pytest.approx(min(read_log(trained / "normal", "val_loss").values()), abs=1e-4)
+    assert losses["full"] < losses["fusedkv"] < losses["fusedkv-lite"]  # a fit beats a guess
+    tuned = tmp_path / "tuned"
+    flags = [
+        "--router_p=0.5",
+        "--max_iters=4",
+        "--log_interval=1",
+        f"--out_dir={tuned}",
+        "--learning_rate=1e-3",
+    ]
+    assert script("train.py", *init, *flags)[0] == 0
+    assert script("train.py", f"--out_dir={tuned}", "--init_from=resume", "--max_iters=6")[0] == 0
+    assert len(read_log(tuned, "plans")) == 6
+    other = ("--init_from=hf:" + str(folder), f"--out_dir={tmp_path / 'x'}")
+    assert "--n_layer 5 contradicts" in refused("train.py", *other, "--n_layer=5")
+    assert "is not valid; it is scratch, resume or hf:FOLDER" in refused("train.py", "--init_from=gpt2")
+    assert "cannot read" in refused("train.py", f"--init_from=hf:{tmp_path}", f"--out_dir={tmp_path / 'x'}")
+    big = tmp_path / "data" / "big"
+    train.data.prepare(
+        big, lambda: [path.read_text() for path in [train.Path(__file__)]], "bpe:600", "this file"
+    )
+    more = ("--dataset=big", f"--data_dir={big.parent}", "--block_size=32")
+    assert "a vocabulary of 600" in refused("train.py", *other, *more)
+
+
+def test_a_tokenizer_json_serves_data_training_and_sampling(corpus, tmp_path, script):
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.ByteLevelBPETokenizer()
+    made.train_from_iterator(["the cat sat — 日本語 " * 9], vocab_size=300, special_tokens=["<|endoftext|>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on 日本語 🎉\n" * 200)
+    into = (
+        "--input",
+        text,
+        "--name",
+        "x",
+        "--data_dir",
+        tmp_path,
+        "--tokenizer",
+        tmp_path / "tokenizer.json",
+    )
+    assert script("data.py", *into)[0] == 0
+    enc = train.data.load_tokenizer(tmp_path / "x")
+    sample = "the cat — 日本 🎉\n\tx"
+    assert (
+        enc.decode(enc.encode_ordinary(sample)) == sample == enc.tokenizer.decode(enc.encode_ordinary(sample))
+    )
+    out = tmp_path / "run"
+    data_flags = (f"--data_dir={tmp_path}", "--dataset=x", f"--out_dir={out}")
+    given = [f for f in flags(corpus, out, max_iters=2) if "data" not in f and "out_dir" not in f]
+    assert script("train.py", *given, *data_flags)[0] == 0
+    assert script("sample.py", "--out_dir", out, "--start", "the cat", "--max_new_tokens", 5)[0] == 0
