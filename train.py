@@ -134,7 +134,8 @@ def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     if device.startswith("cuda"):
         fast, what = torch.cuda.is_bf16_supported(False), torch.cuda.get_device_name(device)  # no emulation
     else:
-        fast, what = device == "cpu" and torch.cpu._is_avx512_bf16_supported(), f"this {device}"
+        fast = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        what = f"this {device.upper()}"
     return (torch.bfloat16, f"{what} has it") if fast else (torch.float32, f"{what} has no fast bfloat16")
 
 
@@ -147,15 +148,21 @@ def autocast(device: str, dtype: torch.dtype):
 
 @torch.no_grad()
 def window_losses(
-    model: GPT, tokens: data.Tokens, n: int, batch_size: int, plan: Plan | None = None, context=nullcontext
+    model: GPT,
+    tokens: data.Tokens,
+    n: int,
+    batch_size: int,
+    plan: Plan | Callable[[int], Plan] | None = None,
+    context=nullcontext,
 ) -> np.ndarray:
-    """Mean loss of each of n held-out windows, in nats per token."""
+    """Mean loss of each of n held-out windows, in nats per token; `plan` may be a function of the batch."""
     device, was_training = model.embed.weight.device, model.training
     model.eval()
     rows = []
-    for x, y in tokens.held_out(n, batch_size):
+    for i, (x, y) in enumerate(tokens.held_out(n, batch_size)):
         with context():
-            rows.append(model.losses(x.to(device), y.to(device), plan).mean(dim=1).float().cpu().numpy())
+            losses = model.losses(x.to(device), y.to(device), plan(i) if callable(plan) else plan)
+        rows.append(losses.mean(dim=1).float().cpu().numpy())
     model.train(was_training)
     return np.concatenate(rows)
 
@@ -382,6 +389,11 @@ def main():
             raise UserError(f"the loss became {loss} by step {step}; {last}; lower --learning_rate")
         return loss
 
+    def evaluate(step: int, plan: Callable[[int], Plan] | None = None) -> float:
+        n = c.eval_iters * c.batch_size
+        losses = window_losses(model, val, n, c.batch_size, plan, lambda: autocast(device, dtype))
+        return finite(float(losses.mean()), step)
+
     log = Log(out / "log.jsonl", start)
     interrupted = []
 
@@ -397,12 +409,15 @@ def main():
         paused = time.time()
         due, is_best = step % c.eval_interval == 0 or step == c.max_iters, False
         if due and not (checkpoint and step == start):  # that one is on record
-            n = c.eval_iters * c.batch_size
-            losses = window_losses(model, val, n, c.batch_size, context=lambda: autocast(device, dtype))
-            loss = finite(float(losses.mean()), step)
-            bpb, is_best, best = bits_per_byte(loss, val), loss < best, min(loss, best)
-            log(step=step, val_loss=loss, val_bpb=bpb, tokens=step * tokens_per_step, time=clock())
-            print(f"step {step:5}  val {loss:.4f} nats/token  {bpb:.4f} bits/byte", flush=True)
+            loss = goal = evaluate(step)
+            row = {"val_loss": loss, "val_bpb": bits_per_byte(loss, val)}
+            if router:  # full caches are only one of the plans it trains: the best step is best over draws
+                goal = row["val_loss_routed"] = evaluate(step, router.plan)
+            log(step=step, **row, tokens=step * tokens_per_step, time=clock())
+            is_best, best = goal < best, min(goal, best)
+            note = f"  {goal:.4f} over drawn plans" if router else ""
+            text = f"step {step:5}  val {loss:.4f} nats/token  {row['val_bpb']:.4f} bits/byte{note}"
+            print(text, flush=True)
         if (due and (step > start or step == c.max_iters)) or interrupted:
             save(step, is_best)
         if c.sample_interval and step > start and step % c.sample_interval == 0:
@@ -447,8 +462,9 @@ def main():
         command = f"python train.py --out_dir={c.out_dir} --init_from=resume"
         print(f"stopped and saved after step {step}; go on: {command}")
         sys.exit(128 + interrupted[0])
+    over = " over drawn plans" if router else ""
     bpb = bits_per_byte(best, val)
-    print(f"{c.out_dir}: {duration(clock())}, best val {best:.4f} nats/token, {bpb:.4f} bits/byte")
+    print(f"{c.out_dir}: {duration(clock())}, best val {best:.4f} nats/token, {bpb:.4f} bits/byte{over}")
 
 
 def show_sample(model: GPT, out: Path, device: str):
