@@ -151,12 +151,15 @@ def stderr(x: np.ndarray) -> float:
 
 
 def table(rows: list[dict]) -> str:
-    lines = [f"{'run':16} {'plan':20} {'cache':>7} {'B/token':>8} {'loss':>7} {'bits/byte':>10}  above full"]
+    a, b = (max(len(key), *(len(r[key]) for r in rows)) for key in ("run", "plan"))
+    lines = [
+        f"{'run':{a}}  {'plan':{b}}  {'cache':>6} {'B/token':>8} {'loss':>7} {'bits/byte':>10}  above full"
+    ]
     for r in rows:
-        line = f"{r['run'][:16]:16} {r['plan'][:20]:20} {r['cache_ratio']:7.1%} "
-        line += f"{human(r['cache_bytes_per_token']):>8} {r['loss']:7.4f} {r['bpb']:10.4f}  "
+        line = f"{r['run']:{a}}  {r['plan']:{b}}  {r['cache_ratio']:6.1%} "
+        line += f"{human(r['cache_bytes_per_token']):>8} {r['loss']:7.4f} {r['bpb']:10.4f}"
         if "delta" in r and r["delta_to"] != f"{r['run']} {r['plan']}":
-            line += f"{r['delta']:+.4f} +- {r['delta_stderr']:.4f}"
+            line += f"  {r['delta']:+.4f} +- {r['delta_stderr']:.4f}"
             line += "" if r["delta_to"].startswith(r["run"] + " ") else f" ({r['delta_to']})"
         lines.append(line)
     return "\n".join(lines)
