@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,7 +224,7 @@ def test_a_changed_corpus_is_noticed(corpus, tmp_path, script, refused):
         f"--data_dir={mine.parent}"
     ]
     assert script("train.py", *given)[0] == 0
-    texts = [path.read_text() for path in sorted(train.Path(__file__).parent.glob("*.py"))]
+    texts = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
     train.data.prepare(mine, lambda: texts, "bpe:512", "other text")
     more = ("--init_from=resume", "--max_iters=4", f"--out_dir={out}")
     assert "is not the corpus that" in refused("train.py", *more)
@@ -340,13 +341,17 @@ def test_sample_mistakes(trained, tmp_path, refused):
     )
 
 
-def test_search_finds_plans_and_auto_takes_them(trained, script, refused):
+def test_search_finds_plans_and_auto_takes_them(trained, tmp_path, script, refused):
     out = trained / "stochastic"
     assert "--search" in refused(
         "sample.py", "--out_dir", trained / "normal", "--plan", "auto:0.5", "--max_new_tokens", 4
     )
     assert "built for 'fusedkv'" in refused("sweep.py", "--out_dir", trained / "fusedkv", "--search")
     assert script("sweep.py", "--out_dir", out, "--search", "--windows", 16)[0] == 0
+    bare = tmp_path / Path(train.load_run(out)[1].dataset)
+    shutil.copytree(Path(train.load_run(out)[1].data_dir) / bare.name, bare)
+    (bare / "train.bin").unlink()
+    assert "train.bin" in refused("sweep.py", "--out_dir", out, "--search", "--data_dir", tmp_path)
     rows = [json.loads(line) for line in (out / "search.jsonl").read_text().splitlines()]
     ratios = [r["cache_ratio"] for r in rows]
     assert ratios == [n / 8 for n in range(8, 1, -1)]  # one tensor a step, from 4 K and 4 V to one of each
@@ -419,9 +424,7 @@ def test_fine_tuning_and_conversion_start_from_a_folder(trained, corpus, tmp_pat
     assert "is not valid; it is scratch, resume or hf:FOLDER" in refused("train.py", "--init_from=gpt2")
     assert "cannot read" in refused("train.py", f"--init_from=hf:{tmp_path}", f"--out_dir={tmp_path / 'x'}")
     big = tmp_path / "data" / "big"
-    train.data.prepare(
-        big, lambda: [path.read_text() for path in [train.Path(__file__)]], "bpe:600", "this file"
-    )
+    train.data.prepare(big, lambda: [path.read_text() for path in [Path(__file__)]], "bpe:600", "this file")
     more = ("--dataset=big", f"--data_dir={big.parent}", "--block_size=32")
     assert "a vocabulary of 600" in refused("train.py", *other, *more)
 
