@@ -77,6 +77,7 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def compile_model(model: torch.nn.Module) -> None:
     """Compile the pieces of a GPT that stay the same while plans change: a layer's two steps, one graph
     for all layers, and the loss. Plain Python routes between them, so a new plan compiles nothing."""
+    torch._dynamo.config.recompile_limit = 32  # variants: own KV or not, fused or not, strict, with gradients
     for block in model.blocks:
         block.kv, block.forward = torch.compile(block.kv), torch.compile(block.forward)
     model.head_losses = torch.compile(model.head_losses)

@@ -118,8 +118,8 @@ class KVCache:
     """The keys and values of up to `max_len` positions, for exactly the layers that `plan` stores.
 
     `k[i]`, `v[i]`: (B, nkv, max_len, d), filled below position `length`. `bytes` is what is allocated.
-    `passes` and `change`: how often a cyclic plan's layers ran over the newest positions, and by how much,
-    relative to the largest, the last pass still changed their KV."""
+    `passes` and `change`: how often a cyclic plan's layers ran over the last prompt, and by how much,
+    relative to the largest, the last pass still changed their KV; the worst of its groups."""
 
     def __init__(
         self, config: GPTConfig, plan: Plan, batch_size: int, max_len: int, dtype=torch.float32, device="cpu"
@@ -238,9 +238,9 @@ class GPT(nn.Module):
 
         Layers bound by reads of higher ones (`plan.segments`) iterate, all passes from the same input, each
         reading the higher layers' KV of the pass before and the first one zeros (arXiv 2410.14442): at most
-        `passes` times, by default forward_passes + backward_passes, of which the last backward_passes carry
-        gradients. After pass n the first n positions are exact, so T passes, or one of a single position,
-        always suffice; without gradients iteration stops when the KV has settled."""
+        `passes` times, all with gradients, or by default forward_passes without and backward_passes with.
+        After pass n the first n positions are exact, so T passes, or one of a single position, always
+        suffice; without gradients iteration stops when the KV has settled."""
         c = self.config
         B, T = idx.shape
         start = cache.length if cache is not None else 0
@@ -266,6 +266,8 @@ class GPT(nn.Module):
 
         x = self.embed(idx)  # (B, T, C)
         grad = torch.is_grad_enabled()
+        if cache is not None and T > 1:
+            cache.passes, cache.change = 1, 0.0
         for lo, hi in plan.segments:
             limit, without = 1, 0
             if lo < hi:
@@ -276,7 +278,7 @@ class GPT(nn.Module):
                     put(i, none if i in plan.k_layers else None, none if i in plan.v_layers else None)
             first = x
             for n in range(limit):
-                before = None if grad or limit == 1 else self._new_kv(ks, vs, lo, hi, T)
+                before = None if grad or lo == hi or T == 1 else self._new_kv(ks, vs, lo, hi, T)
                 with torch.set_grad_enabled(grad and n >= without):
                     x = first
                     for i in range(lo, hi):
@@ -284,10 +286,10 @@ class GPT(nn.Module):
                     h = own_kv(hi, x)
                 if before is not None:
                     change = (self._new_kv(ks, vs, lo, hi, T) - before).abs().max() / before.abs().max()
-                    if cache is not None:
-                        cache.passes, cache.change = n + 1, float(change)
                     if change <= 4 * torch.finfo(before.dtype).eps:
                         break
+            if before is not None and cache is not None:
+                cache.passes, cache.change = max(cache.passes, n + 1), max(cache.change, float(change))
             if last_only and hi == plan.last_full_layer:
                 x, h, cos, sin = x[:, -1:], h[:, -1:], cos[-1:], sin[-1:]
             x = finish(hi, x, h)

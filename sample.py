@@ -86,7 +86,13 @@ def main():
             print(decoder.decode(b"", final=True))
             notes = f"first token after {1e3 * (times[1] - times[0]):.0f} ms"
             if plan.cyclic and not args.exact_prefill:
-                notes += f" ({cache.passes} passes, the last changed the prompt's KV by {cache.change:.1g})"
+                settled = cache.change < 4 * torch.finfo(dtype).eps
+                end = (
+                    "settled"
+                    if settled
+                    else f"budget used, KV still changing by {cache.change:.1g}: --exact_prefill"
+                )
+                notes += f" (passes: {cache.passes}, {end})"
             if len(times) > 2:
                 notes += f", then {(len(times) - 2) / (times[-1] - times[1]):.0f} tokens/s"
             whole = human(cache.bytes / plan.cache_ratio, "B")

@@ -230,6 +230,10 @@ def settings() -> tuple[TrainConfig, dict | None]:
         for name in names.split():
             if not getattr(c, name) >= low:
                 raise UserError(f"--{name} {getattr(c, name)} is not valid; it must be {low} or more")
+    if c.min_lr > c.learning_rate:
+        raise UserError(f"--min_lr {c.min_lr} is above --learning_rate {c.learning_rate}; lower it too")
+    if c.router_above and not c.router_p:
+        raise UserError("--router_above goes with --router_p; give both")
     if max(c.beta1, c.beta2) >= 1:
         raise UserError(f"--beta1 {c.beta1} and --beta2 {c.beta2} must be below 1")
     if c.router_p and Plan.parse(c.plan, c.n_layer).spec != "full":

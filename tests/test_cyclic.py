@@ -169,10 +169,10 @@ def test_prefill_says_how_it_ended():
 
     idx = tokens(1, 20)
     for forward_passes, settled in ((0, False), (30, True)):
-        model = make_model("sandwich-top:2", forward_passes=forward_passes)
+        model = make_model("sandwich-top:2", forward_passes=forward_passes, backward_passes=1)
         cache = KVCache(model.config, model.plan, 1, 30)
         model(idx, cache=cache)
-        assert (cache.change < 1e-6) == settled and cache.passes == (min(20, cache.passes) if settled else 2)
+        assert (cache.change < 1e-6) == settled and (cache.passes < 20 if settled else cache.passes == 1)
         model(idx[:, :1], cache=cache)
         assert cache.length == 21
     few = make_model("sandwich-top:2", forward_passes=0, backward_passes=1)
