@@ -9,6 +9,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+BLOCK = 128  # positions in a block of the cache
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -36,15 +39,12 @@ def attention(
     strict: bool = False,
 ) -> Tensor:
     """Causal attention of q (B, n_head, T, d) over one or several fused sources of keys and of values, each
-    (B, n_kv_head, S, d), with gates as in `fuse`. Returns (B, n_head, T, d).
-
-    Many queries: fuse, then attend, since attention is compute-bound. One query: reading the cache is what
-    takes the time, so the gates move to the query and the output and every stored byte is read once,
-        q . (a0 K0 + a1 K1) = (q a0) . K0 + (q a1) . K1      P (b0 V0 + b1 V1) = b0 (P V0) + b1 (P V1).
+    (B, n_kv_head, S, d), with gates as in `fuse`. Returns (B, n_head, T, d). With many queries attention is
+    bound by computing, so sources are fused first.
 
     `strict`: a query does not see its own position. Without the last key, ordinary causal attention is just
     that; the first position of all then sees nothing, and its output is zero."""
-    (B, n_head, T, d), (n_kv_head, S) = q.shape, ks[0].shape[1:3]
+    (n_head, T), (n_kv_head, S) = q.shape[1:3], ks[0].shape[1:3]
     if strict:
         ks, vs = ([x[:, :, :-1] for x in xs] for xs in (ks, vs))
         if S > T:
@@ -52,19 +52,68 @@ def attention(
         if T == 1:
             return torch.zeros_like(q)
         return F.pad(attention(q[:, :, 1:], ks, vs, k_gates, v_gates), (0, 0, 1, 0))
-    if T > 1 or S == 1:
-        k, v = fuse(ks, k_gates), fuse(vs, v_gates)
-        mask = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=n_head != n_kv_head
-        )
-    q = q.view(B, n_kv_head, n_head // n_kv_head, d) * d**-0.5
+    k, v = fuse(ks, k_gates), fuse(vs, v_gates)
+    mask = None if T == S else causal_lower_right(T, S)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=n_head != n_kv_head
+    )
+
+
+def decode_attention(
+    q: Tensor,
+    ks: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    seen: Tensor,
+    k_gates: Tensor | None = None,
+    v_gates: Tensor | None = None,
+) -> Tensor:
+    """Attention of one query a sequence, q (B, n_head, 1, d), over the first `seen` (an int64 tensor, so that
+    its value compiles nothing) positions of cached sources in n blocks (see `model.KVCache`): keys
+    (n, B, n_kv_head, BLOCK, d), values (n, B, n_kv_head, d, BLOCK). Returns (B, n_head, 1, d), zeros if seen
+    is 0.
+
+    Reading the cache is what takes the time, so the gates move to the query and the output, and every stored
+    byte is read once, by all query heads of its group together:
+        q . (a0 K0 + a1 K1) = (q a0) . K0 + (q a1) . K1      P (b0 V0 + b1 V1) = b0 (P V0) + b1 (P V1)."""
+    (B, n_head, _, d), (n, _, n_kv_head) = q.shape, ks[0].shape[:3]
+    q = q.reshape(B, n_kv_head, n_head // n_kv_head, d)
     folded = [q] if k_gates is None else [q * g for g in k_gates.type_as(q)]
-    scores = sum(x @ k.transpose(-1, -2) for x, k in zip(folded, ks))  # (B, n_kv_head, group, S)
-    p = scores.float().softmax(dim=-1).type_as(q)
-    parts = [p @ v for v in vs]
-    out = parts[0] if v_gates is None else sum(g * y for g, y in zip(v_gates.type_as(q), parts))
-    return out.view(B, n_head, 1, d)
+    scores = sum(dot(x, k) for x, k in zip(folded, ks)).float()  # (n, B, n_kv_head, group, BLOCK)
+    unseen = torch.arange(n * BLOCK, device=q.device).view(n, 1, 1, 1, BLOCK) >= seen
+    scores = scores.masked_fill(unseen, torch.finfo(torch.float32).min)
+    p = (d**-0.5 * (scores - scores.amax((0, -1), keepdim=True))).exp()
+    # Divided by their sum last: compiled, every weight would else be divided once per feature.
+    parts = [dot(p, v).float().sum(0) for v in vs]  # (B, n_kv_head, group, d)
+    out = parts[0] if v_gates is None else sum(g * y for g, y in zip(v_gates, parts))
+    out = out / p.sum(-1).sum(0).unsqueeze(-1) * (seen > 0)
+    return out.view(B, n_head, 1, d).type_as(q)
+
+
+def head(store: Tensor, n: int) -> Tensor:
+    """The first n of a cache's blocks, of which a compiled function may see any number but one."""
+    blocks = store[:n]
+    torch._dynamo.mark_dynamic(blocks, 0)
+    return blocks
+
+
+def dot(x: Tensor, rows: Tensor) -> Tensor:
+    """Every row of x (..., r, m) times every one of `rows` (..., n, m): (..., r, n). For few rows of x, where
+    reading `rows` is what takes the time: compiled to products and sums this runs at the speed of memory (one
+    loop over `rows` for all of x), which matrix products for one or a few rows do not."""
+    if not torch.compiler.is_compiling():
+        return x.type_as(rows) @ rows.mT
+    rows = rows.float()
+    return torch.stack([(rows * y.unsqueeze(-2).float()).sum(-1) for y in x.unbind(-2)], dim=-2)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear; as `dot` in a compiled decode step of few sequences."""
+    rows = x.numel() // x.size(-1)
+    few = 8 if x.device.type == "cpu" else 1  # up to where `dot` was the faster; on a GPU, cuBLAS soon is
+    if not torch.compiler.is_compiling() or torch.is_grad_enabled() or rows > few:
+        return F.linear(x, weight, bias)
+    y = dot(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
+    return (y if bias is None else y + bias).type_as(x)
 
 
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -75,9 +124,54 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def compile_model(model: torch.nn.Module) -> None:
-    """Compile the pieces of a GPT that stay the same while plans change: a layer's two steps, one graph
-    for all layers, and the loss. Plain Python routes between them, so a new plan compiles nothing."""
+    """Compile for training what stays the same while plans change: a layer's two steps, one graph for all
+    layers, and the loss. Plain Python routes between them, so a new plan compiles nothing."""
     torch._dynamo.config.recompile_limit = 32  # variants: own KV or not, fused or not, strict, with gradients
     for block in model.blocks:
         block.kv, block.forward = torch.compile(block.kv), torch.compile(block.forward)
     model.head_losses = torch.compile(model.head_losses)
+
+
+def compile_decode(model: torch.nn.Module) -> None:
+    """Compile the same pieces for steps of one position, with sizes fixed but for the number of cache blocks.
+    Prompts spend their time in matrix products and stay as they are, so their lengths compile nothing. On a
+    GPU `GPT.stream` then replays each cache's steps as one CUDA graph."""
+    torch._dynamo.config.recompile_limit = 32
+
+    def one_position(function):
+        compiled = torch.compile(function, dynamic=False)
+        return lambda x, *args: (compiled if x.size(1) == 1 else function)(x, *args)
+
+    for block in model.blocks:
+        block.kv, block.forward = one_position(block.kv), one_position(block.forward)
+    model.head = one_position(model.head)
+    model.compiled = True
+
+
+class CudaGraph:
+    """One decode step of `model` with `cache`, recorded and then replayed: the GPU does not wait for Python.
+    Its sizes never change: it reads the position from a tensor and always all blocks of the cache, of which
+    `decode_attention` masks the rest. Called as the step is: idx (B, 1) -> logits (B, 1, vocab), which the
+    next call overwrites."""
+
+    def __init__(self, model: torch.nn.Module, cache, idx: Tensor):
+        self.cache, self.idx, length = cache, idx.clone(), cache.length
+        cache.position = torch.full((1,), length, device=idx.device)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # compiles, and warms up what must not happen while recording
+                model(self.idx, cache=cache)
+                cache.length = length
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = model(self.idx, cache=cache)[0]
+        cache.length = length
+
+    def __call__(self, idx: Tensor) -> Tensor:
+        self.idx.copy_(idx)
+        self.cache.position.fill_(self.cache.length)
+        self.graph.replay()
+        self.cache.length += 1
+        return self.logits

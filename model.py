@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kv_router import Plan, PlanError, Shape
+from kv_router import Plan, PlanError, Route, Shape
 
 
 @dataclass(kw_only=True)
@@ -27,6 +27,14 @@ class GPTConfig(Shape):
     plan: str = "full"
 
 
+PREFILL_CHUNK = 1024  # positions of a prompt that run through the layers at once
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     """Layer `layer`'s part of attention: its own keys and values where somebody reads them, and its queries,
     which read whatever its route names."""
@@ -36,10 +44,10 @@ class Attention(nn.Module):
         C, nh, nkv, d = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
         self.n_head, self.n_kv_head, self.head_dim = nh, nkv, d
         has_k, has_v = layer in plan.k_layers, layer in plan.v_layers
-        self.q_proj = nn.Linear(C, nh * d, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(C, nkv * d, bias=config.qkv_bias) if has_k else None
-        self.v_proj = nn.Linear(C, nkv * d, bias=config.qkv_bias) if has_v else None
-        self.o_proj = nn.Linear(nh * d, C, bias=False)
+        self.q_proj = Linear(C, nh * d, bias=config.qkv_bias)
+        self.k_proj = Linear(C, nkv * d, bias=config.qkv_bias) if has_k else None
+        self.v_proj = Linear(C, nkv * d, bias=config.qkv_bias) if has_v else None
+        self.o_proj = Linear(nh * d, C, bias=False)
         self.q_norm = nn.RMSNorm(d, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(d, eps=config.norm_eps) if config.qk_norm and has_k else None
         # Fusion gates (arXiv 2512.03870). Keys are fused after RoPE: one gate for the two features that turn
@@ -72,21 +80,31 @@ class Attention(nn.Module):
         return self._heads(self.v_proj(x))  # (B, nkv, T, d)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, ks: list[Tensor], vs: list[Tensor], strict: bool
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        ks: list[Tensor],
+        vs: list[Tensor],
+        strict: bool,
+        seen: Tensor | None,
     ) -> Tensor:
         q = self._turned(self.q_proj(x), self.q_norm, cos, sin)  # (B, nh, T, d)
         k_gate = torch.cat((self.k_gate, self.k_gate), dim=-1) if len(ks) > 1 else None
         v_gate = self.v_gate if len(vs) > 1 else None
-        y = kernels.attention(q, ks, vs, k_gate, v_gate, strict)  # (B, nh, T, d)
+        if seen is None:
+            y = kernels.attention(q, ks, vs, k_gate, v_gate, strict)  # (B, nh, T, d)
+        else:
+            y = kernels.decode_attention(q, ks, vs, seen - int(strict), k_gate, v_gate)  # (B, nh, 1, d)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
-        self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
-        self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+        self.gate_proj = Linear(config.n_embd, config.n_hidden, bias=False)
+        self.up_proj = Linear(config.n_embd, config.n_hidden, bias=False)
+        self.down_proj = Linear(config.n_hidden, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -108,43 +126,75 @@ class Block(nn.Module):
         return h, self.attn.key(h, cos, sin) if need_k else None, self.attn.value(h) if need_v else None
 
     def forward(
-        self, x: Tensor, h: Tensor, cos: Tensor, sin: Tensor, ks: list[Tensor], vs: list[Tensor], strict: bool
+        self,
+        x: Tensor,
+        h: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        ks: list[Tensor],
+        vs: list[Tensor],
+        strict: bool,
+        seen: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.attn(h, cos, sin, ks, vs, strict)
+        """The layer's output (B, T, C) from its input x, and h = norm1(x): attention over the sources ks and
+        vs as in `kernels.attention` or, given the number of positions `seen`, over the cache as in
+        `kernels.decode_attention`; then the MLP."""
+        x = x + self.attn(h, cos, sin, ks, vs, strict, seen)
         return x + self.mlp(self.norm2(x))
 
 
 class KVCache:
-    """The keys and values of up to `max_len` positions, for exactly the layers that `plan` stores.
+    """The keys and values of up to `max_len` positions, for exactly the layers that `plan` stores, filled
+    below position `length`; in whole blocks of kernels.BLOCK positions, at least two.
 
-    `k[i]`, `v[i]`: (B, nkv, max_len, d), filled below position `length`. `bytes` is what is allocated.
-    `passes` and `change`: how often a cyclic plan's layers ran over the last prompt, and by how much,
-    relative to the largest, the last pass still changed their KV; the worst of its groups."""
+    `k[i]`: (n, B, nkv, BLOCK, d) and `v[i]`: (n, B, nkv, d, BLOCK), so that decode, which sums key times
+    query over features and weight times value over positions, sums along memory. `bytes` is what is
+    allocated. `passes` and `change`: how often a cyclic plan's layers ran over the last prompt, and by how
+    much, relative to the largest, the last pass still changed their KV; the worst of its groups."""
 
     def __init__(
         self, config: GPTConfig, plan: Plan, batch_size: int, max_len: int, dtype=torch.float32, device="cpu"
     ):
-        shape = (batch_size, config.n_kv_head, max_len, config.head_dim)
+        n = max(2, -(-max_len // kernels.BLOCK))
+        shape = (n, batch_size, config.n_kv_head, kernels.BLOCK, config.head_dim)
         self.plan, self.max_len, self.length = plan, max_len, 0
         self.passes, self.change = 1, 0.0
+        self.position, self.graph = None, None  # see kernels.CudaGraph
         self.k = {i: torch.zeros(shape, dtype=dtype, device=device) for i in plan.k_layers}
-        self.v = {i: torch.zeros(shape, dtype=dtype, device=device) for i in plan.v_layers}
+        self.v = {
+            i: torch.zeros(*shape[:3], *shape[:2:-1], dtype=dtype, device=device) for i in plan.v_layers
+        }
 
     @property
     def bytes(self) -> int:
         return sum(t.nbytes for t in (*self.k.values(), *self.v.values()))
 
-    def append(self, layer: int, k: Tensor | None, v: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Write a layer's new keys and values behind the filled positions; returns all that is filled. The
-        model moves `length` once every layer has written."""
-        return self._append(self.k.get(layer), k), self._append(self.v.get(layer), v)
+    def positions(self, T: int, device: torch.device) -> Tensor:
+        """The next T positions, (T,)."""
+        if T == 1 and self.position is not None:
+            return self.position
+        return torch.arange(self.length, self.length + T, device=device)
 
-    def _append(self, stored: Tensor | None, new: Tensor | None) -> Tensor | None:
-        if new is None:
-            return None
-        end = self.length + new.size(2)
-        stored[:, :, self.length : end] = new
-        return stored[:, :, :end]
+    def write(self, layer: int, k: Tensor | None, v: Tensor | None, block: Tensor, slot: Tensor) -> None:
+        """Store a layer's keys and values, (B, nkv, T, d) each, at T places. The model moves `length` once
+        every layer has written."""
+        if k is not None:
+            self.k[layer][block, :, :, slot] = k.permute(2, 0, 1, 3)
+        if v is not None:
+            self.v[layer][block, :, :, :, slot] = v.permute(2, 0, 1, 3)
+
+    def filled(self, route: Route, end: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The blocks that hold positions 0 .. end - 1 of the sources of a layer's route."""
+        n = max(2, -(-end // kernels.BLOCK)) if self.position is None else None
+        return [kernels.head(self.k[j], n) for j in route.k], [kernels.head(self.v[j], n) for j in route.v]
+
+    def read(self, layer: int, end: int) -> tuple[Tensor | None, Tensor | None]:
+        """Copies of a layer's keys and values of positions 0 .. end - 1, (B, nkv, end, d) each."""
+        k, v = self.k.get(layer), self.v.get(layer)
+        return (
+            None if k is None else k.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :end],
+            None if v is None else v.permute(1, 2, 0, 4, 3).flatten(2, 3)[:, :, :end],
+        )
 
 
 def listed(layers: Iterable[int]) -> str:
@@ -159,7 +209,7 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, self.plan, i) for i in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.apply(self._init_weights)
         for block in self.blocks:  # the residual stream sums 2 n_layer outputs
             for proj in (block.attn.o_proj, block.mlp.down_proj):
@@ -167,6 +217,7 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.embed.weight
         self._set_rope()
+        self.compiled = False  # see kernels.compile_decode
 
     def _set_rope(self):
         c = self.config
@@ -230,11 +281,12 @@ class GPT(nn.Module):
         idx: Tensor,
         plan: Plan,
         cache: KVCache | None = None,
-        last_only: bool = False,
+        outputs: int | None = None,
         passes: int | None = None,
-    ) -> Tensor:
-        """The residual stream above the last layer, (B, T, C), or with `last_only` (B, 1, C) of the last
-        position: nothing above the highest stored layer needs the others, so there they stop.
+    ) -> Tensor | None:
+        """The residual stream above the last layer, (B, T, C), or only the last position's, (B, 1, C), with
+        outputs=1, or none's with outputs=0: nothing above the highest stored layer needs the other positions,
+        so there they stop.
 
         Layers bound by reads of higher ones (`plan.segments`) iterate, all passes from the same input, each
         reading the higher layers' KV of the pass before and the first one zeros (arXiv 2410.14442): at most
@@ -243,17 +295,17 @@ class GPT(nn.Module):
         suffice; without gradients iteration stops when the KV has settled."""
         c = self.config
         B, T = idx.shape
+        self._check_fits(T, cache)
         start = cache.length if cache is not None else 0
-        if start + T > c.block_size or (cache is not None and start + T > cache.max_len):
-            room = c.block_size if cache is None else min(c.block_size, cache.max_len)
-            raise ValueError(
-                f"{start + T} positions do not fit the context of {room}; shorten the prompt or ask for less"
-            )
-        cos, sin = self.cos[start : start + T], self.sin[start : start + T]
+        positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T, idx.device)
+        place = positions // kernels.BLOCK, positions % kernels.BLOCK
+        cos, sin, seen = self.cos[positions], self.sin[positions], positions[-1] + 1
         ks, vs = {}, {}  # layer -> its keys, values, (B, nkv, start + T, d)
 
         def put(i: int, k: Tensor | None, v: Tensor | None):
-            ks[i], vs[i] = (k, v) if cache is None else cache.append(i, k, v)
+            if cache is not None:
+                cache.write(i, k, v, *place)
+            ks[i], vs[i] = (k, v) if start == 0 or T == 1 else cache.read(i, start + T)
 
         def own_kv(i: int, x: Tensor) -> Tensor:
             h, k, v = self.blocks[i].kv(x, cos, sin, i in plan.k_layers, i in plan.v_layers)
@@ -261,13 +313,14 @@ class GPT(nn.Module):
             return h
 
         def finish(i: int, x: Tensor, h: Tensor) -> Tensor:
-            sources = [ks[j] for j in plan[i].k], [vs[j] for j in plan[i].v]
-            return self.blocks[i](x, h, cos, sin, *sources, plan.strict(i))
+            if cache is not None and x.size(1) == 1:  # decode, or above the early exit
+                k, v = cache.filled(plan[i], start + T)
+                return self.blocks[i](x, h, cos, sin, k, v, plan.strict(i), seen)
+            k, v = [ks[j] for j in plan[i].k], [vs[j] for j in plan[i].v]
+            return self.blocks[i](x, h, cos, sin, k, v, plan.strict(i))
 
         x = self.embed(idx)  # (B, T, C)
         grad = torch.is_grad_enabled()
-        if cache is not None and T > 1:
-            cache.passes, cache.change = 1, 0.0
         for lo, hi in plan.segments:
             limit, without = 1, 0
             if lo < hi:
@@ -290,12 +343,24 @@ class GPT(nn.Module):
                         break
             if before is not None and cache is not None:
                 cache.passes, cache.change = max(cache.passes, n + 1), max(cache.change, float(change))
-            if last_only and hi == plan.last_full_layer:
-                x, h, cos, sin = x[:, -1:], h[:, -1:], cos[-1:], sin[-1:]
+            if outputs is not None and hi == plan.last_full_layer:
+                if outputs == 0:
+                    x = None
+                    break
+                x, h, cos, sin = x[:, -1:].contiguous(), h[:, -1:].contiguous(), cos[-1:], sin[-1:]
             x = finish(hi, x, h)
         if cache is not None:
             cache.length = start + T
         return x
+
+    def _check_fits(self, T: int, cache: KVCache | None):
+        start, room = 0, self.config.block_size
+        if cache is not None:
+            start, room = cache.length, min(cache.max_len, room)
+        if start + T > room:
+            raise ValueError(
+                f"{start + T} positions do not fit the context of {room}; shorten the prompt or ask for less"
+            )
 
     @staticmethod
     def _new_kv(ks: dict, vs: dict, lo: int, hi: int, T: int) -> Tensor:
@@ -318,9 +383,19 @@ class GPT(nn.Module):
         plan = self.resolve(cache.plan if plan is None and cache is not None else plan)
         if cache is not None and (targets is not None or plan != cache.plan):
             raise ValueError(f"this cache is for generation under plan {cache.plan.spec!r}; make another")
-        if targets is None:
-            return self.lm_head(self.norm(self.hidden(idx, plan, cache, last_only=True))), None
-        return None, self.losses(idx, targets, plan).mean()
+        if targets is not None:
+            return None, self.losses(idx, targets, plan).mean()
+        if cache is not None:
+            self._check_fits(idx.size(1), cache)
+            if idx.size(1) > 1:
+                cache.passes, cache.change = 1, 0.0
+            *parts, idx = idx.split(PREFILL_CHUNK, dim=1)
+            for part in parts:
+                self.hidden(part, plan, cache, outputs=0)
+        return self.head(self.hidden(idx, plan, cache, outputs=1)), None
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.lm_head(self.norm(x))
 
     def losses(self, idx: Tensor, targets: Tensor, plan: Plan | str | None = None) -> Tensor:
         """Loss of every position, (B, T), in nats."""
@@ -334,7 +409,7 @@ class GPT(nn.Module):
         default until it is exact; passes below 1 raise ValueError."""
         if passes is not None and passes < 1:
             raise ValueError(f"passes {passes} is not valid; it must be 1 or more")
-        return self.lm_head(self.norm(self.hidden(idx, self.resolve(plan), passes=passes or idx.size(1))))
+        return self.head(self.hidden(idx, self.resolve(plan), passes=passes or idx.size(1)))
 
     @torch.no_grad()
     def stream(
@@ -361,12 +436,18 @@ class GPT(nn.Module):
         plan = self.resolve(cache.plan if plan is None and cache is not None else plan)
         if cache is None:
             cache = KVCache(self.config, plan, B, T + max_new_tokens, self.embed.weight.dtype, idx.device)
+
+        def step(idx: Tensor) -> Tensor:
+            return self(idx, plan=plan, cache=cache)[0]
+
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         for t in range(T - 1 if exact_prefill else 0):
-            self(idx[:, t : t + 1], plan=plan, cache=cache)
+            step(idx[:, t : t + 1])
         idx = idx[:, -1:] if exact_prefill else idx
-        for _ in range(max_new_tokens):
-            logits = self(idx, plan=plan, cache=cache)[0][:, -1].float()  # (B, vocab)
+        for n in range(max_new_tokens):
+            if n > 0 and self.compiled and idx.is_cuda:
+                step = cache.graph = cache.graph or kernels.CudaGraph(self, cache, idx)
+            logits = step(idx)[:, -1].float()  # (B, vocab)
             if temperature == 0:
                 idx = logits.argmax(-1, keepdim=True)
             else:
@@ -399,12 +480,13 @@ def convert(model: GPT, plan: str, calibration: Iterable[Tensor] = ()) -> GPT:
     for idx in calibration:
         cache = KVCache(model.config, model.plan, *idx.shape, model.embed.weight.dtype, idx.device)
         model(idx, cache=cache)
+        kv = {i: cache.read(i, cache.length) for i in range(config.n_layer)}
         for i, route in enumerate(new.plan.routes):
-            for which, stored, sources in (("k", cache.k, route.k), ("v", cache.v, route.v)):
-                if len(sources) == 1 or i not in stored:
+            for which, sources in enumerate((route.k, route.v)):
+                if len(sources) == 1 or kv[i][which] is None:
                     continue
-                x, y = torch.stack([stored[j] for j in sources]).double(), stored[i].double()
-                if which == "k":  # the two halves of a head are further samples of the same gates
+                x, y = torch.stack([kv[j][which] for j in sources]).double(), kv[i][which].double()
+                if which == 0:  # the two halves of a head are further samples of the same gates
                     x, y = (torch.cat(t.chunk(2, dim=-1), dim=-2) for t in (x, y))
                 A, b = torch.einsum("mbhtd,nbhtd->hdmn", x, x), torch.einsum("mbhtd,bhtd->hdm", x, y)
                 old = sums.get((i, which), (0, 0))
@@ -412,5 +494,6 @@ def convert(model: GPT, plan: str, calibration: Iterable[Tensor] = ()) -> GPT:
     for (i, which), (A, b) in sums.items():
         ridge = 1e-6 * A.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(A.size(-1)).to(A)
         gate = torch.linalg.solve(A + ridge, b)  # (nkv, d or d/2, m)
-        getattr(new.blocks[i].attn, f"{which}_gate").copy_(gate.permute(2, 0, 1)[:, :, None])
+        attn = new.blocks[i].attn
+        (attn.k_gate, attn.v_gate)[which].copy_(gate.permute(2, 0, 1)[:, :, None])
     return new.eval()

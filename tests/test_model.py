@@ -7,6 +7,7 @@ import torch
 from conftest import acyclic_plans, make_model
 
 import kernels
+import model as model_module
 from kv_router import Plan, PlanError, StochasticRouter, costs
 from model import GPT, GPTConfig, KVCache
 
@@ -199,13 +200,13 @@ def test_parameters_and_cache_are_what_the_cost_model_says(n_layer, spec):
         model = make_model(spec, n_layer=n_layer, **sizes)
         predicted = costs(model.plan, model.config, bytes_per_value=4)
         assert sum(p.numel() for p in model.parameters()) == predicted.params
-        cache = KVCache(model.config, model.plan, batch_size=3, max_len=11)
-        full = KVCache(model.config, Plan.parse("full", n_layer), batch_size=3, max_len=11)
+        cache = KVCache(model.config, model.plan, batch_size=3, max_len=300)  # in whole blocks: 384
+        full = KVCache(model.config, Plan.parse("full", n_layer), batch_size=3, max_len=300)
         storages = {
             t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
             for t in [*cache.k.values(), *cache.v.values()]
         }
-        assert cache.bytes == sum(storages.values()) == 3 * 11 * predicted.cache_bytes_per_token
+        assert cache.bytes == sum(storages.values()) == 3 * 384 * predicted.cache_bytes_per_token
         assert cache.bytes == full.bytes * model.plan.cache_ratio
 
 
@@ -227,19 +228,93 @@ def test_kv_that_no_one_reads_is_not_computed():
     assert calls == [0, 2]
 
 
-@pytest.mark.parametrize("G", [1, 2, 4])
+@pytest.mark.parametrize("G, d", [(1, 16), (2, 64), (4, 128), (3, 32)])
 @pytest.mark.parametrize("n_sources", [1, 2, 3])
-@pytest.mark.parametrize("S", [1, 2, 33])
-def test_folded_attention_equals_materialised(G, n_sources, S):
+@pytest.mark.parametrize("S", [1, 2, 127, 128, 129, 300])
+def test_folded_attention_over_blocks_equals_materialised(G, d, n_sources, S):
+    """Every stored position beyond the first S holds rubbish, which must not be seen."""
     torch.manual_seed(S)
-    q = torch.randn(2, 2 * G, 1, 16)
-    ks, vs = ([torch.randn(2, 2, S, 16) for _ in range(n_sources)] for _ in range(2))
-    a, b = (torch.randn(n_sources, 2, 1, 16) if n_sources > 1 else None for _ in range(2))
+    q = torch.randn(2, 2 * G, 1, d)
+    ks, vs = ([torch.randn(2, 2, 3 * kernels.BLOCK, d) for _ in range(n_sources)] for _ in range(2))
+    a, b = (torch.randn(n_sources, 2, 1, d) if n_sources > 1 else None for _ in range(2))
     k = sum(g * x for g, x in zip(a, ks)) if n_sources > 1 else ks[0]
     v = sum(g * x for g, x in zip(b, vs)) if n_sources > 1 else vs[0]
-    k, v = (x.repeat_interleave(G, dim=1) for x in (k, v))
-    expected = torch.softmax(q @ k.transpose(-1, -2) / 4, dim=-1) @ v
-    torch.testing.assert_close(kernels.attention(q, ks, vs, a, b), expected, rtol=1e-5, atol=1e-5)
+    k, v = (x[:, :, :S].repeat_interleave(G, dim=1) for x in (k, v))
+    expected = torch.softmax(q @ k.transpose(-1, -2) / d**0.5, dim=-1) @ v
+    blocks = [torch.stack(x.split(kernels.BLOCK, dim=2)) for x in ks + vs]
+    k_blocks, v_blocks = blocks[:n_sources], [x.mT.contiguous() for x in blocks[n_sources:]]
+    got = kernels.decode_attention(q, k_blocks, v_blocks, torch.tensor(S), a, b)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    nothing = kernels.decode_attention(q, k_blocks, v_blocks, torch.tensor(0), a, b)
+    assert torch.equal(nothing, torch.zeros_like(q))
+
+
+FAMILIES = ["full", "cla:2", "yoco", "fusedkv", "fusedkv-lite", "keep:0,3", "0_1_k0v0+1_k0+1+2v1"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", FAMILIES)
+@pytest.mark.parametrize("length", [15, 16, 17, 32, 33])
+def test_a_prompt_in_chunks_equals_the_full_forward(spec, length, monkeypatch):
+    """Around the borders of chunks; also when a second prompt joins, and when chunks are single tokens."""
+    model = make_model(spec, block_size=64)
+    idx = tokens(2, length + 5)
+    expected = model.logits(idx)
+    for chunk, first in ((16, length), (16, 3), (1, length)):
+        monkeypatch.setattr("model.PREFILL_CHUNK", chunk)
+        cache = KVCache(model.config, model.plan, 2, length + 5)
+        for a, b in ((0, first), (first, length), *((t, t + 1) for t in range(length, length + 5))):
+            if a < b:
+                got = model(idx[:, a:b], cache=cache)[0]
+                torch.testing.assert_close(got[:, 0], expected[:, b - 1], **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["full", "fusedkv"])
+def test_decode_across_the_blocks_of_the_cache(spec):
+    model = make_model(spec, block_size=400)
+    idx = tokens(2, 400)
+    expected = model.logits(idx)
+    for start in (1, 126, 254, 255, 256, 382):
+        cache = KVCache(model.config, model.plan, 2, 400)
+        cache.k = {i: torch.full_like(t, 1e4) for i, t in cache.k.items()}  # a cache used before
+        model(idx[:, :start], cache=cache)
+        for t in range(start, start + 4):
+            got = model(idx[:, t : t + 1], cache=cache)[0]
+            torch.testing.assert_close(got[:, 0], expected[:, t], **CLOSE)
+
+
+def test_a_long_prompt_needs_bounded_memory():
+    """The largest tensor of a prefill, cache aside, grows with the chunk and not with the prompt."""
+    largest = {}
+    for length in (2048, 4096):
+        model = make_model("yoco", block_size=4096, n_hidden=1024)
+        seen = []
+        for block in model.blocks:
+            block.mlp.up_proj.register_forward_hook(lambda *a, seen=seen: seen.append(a[2].numel()))
+        model.generate(tokens(1, length - 1), 1)
+        largest[length] = max(seen)
+    assert largest[2048] == largest[4096] == 1024 * model_module.PREFILL_CHUNK
+
+
+@torch.no_grad()
+def test_compiled_decode_equals_uncompiled_and_never_compiles_again():
+    """Every attention form, over block borders; then other prompts, lengths and caches of the same plans."""
+    idx = tokens(2, 320)
+    for spec in ("fusedkv", "sandwich-middle:2"):
+        model = make_model(spec, block_size=320, qkv_bias=True, qk_norm=True)
+        expected = model.generate(idx[:, :124], 140, temperature=0)
+        kernels.compile_decode(model)
+        assert torch.equal(model.generate(idx[:, :124], 140, temperature=0), expected)
+        cache = KVCache(model.config, model.plan, 2, 320)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        for length, n in ((1, 3), (130, 4), (255, 60)):
+            model.generate(idx[:, :length], n)
+        for part in (idx[:, :250], *idx[:, 250:262].split(1, dim=1)):
+            got = model(part, cache=cache)[0]
+        if not model.plan.cyclic:
+            torch.testing.assert_close(got[:, 0], model.logits(idx[:, :262])[:, -1], **CLOSE)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 0
 
 
 def test_loss_is_the_cross_entropy_of_the_logits():
