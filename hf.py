@@ -187,33 +187,37 @@ def load_hf(folder: str | Path, block_size: int | None = None, dtype: torch.dtyp
     return model.eval()
 
 
-def save_hf(model: GPT, folder: str | Path) -> None:
-    """Write a folder that transformers opens: as Qwen3 with QK-norm, as Qwen2 with biases, else as Llama.
-    With a plan other than `full`, transformers finds no weights for the projections that the plan does
-    without, and knows nothing of the plan; `load_hf` reads both."""
-    from safetensors.torch import save_file
-
-    c, folder = model.config, Path(folder)
+def export(model: GPT) -> tuple[dict, dict[str, torch.Tensor]]:
+    """What transformers needs to build the same model: its config and its weights, the model's own memory. As
+    Qwen3 with QK-norm, as Qwen2 with biases, else as Llama; UserError where none of them fits."""
+    c = model.config
     if c.qk_norm and c.qkv_bias:
         raise UserError("no Hugging Face family here has both QK-norm and biases without one on the output")
     family = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
-    architecture = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[
-        family
-    ]
+    architecture = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
     if family == "qwen2" and c.head_dim * c.n_head != c.n_embd:
         raise UserError(f"Qwen2 has head_dim n_embd / n_head, and this model {c.head_dim}")
-    rope = {"rope_theta": c.rope_theta, "rope_type": "default"} | (
-        {"rope_type": "llama3", **c.rope_scaling} if c.rope_scaling else {}
-    )
+    rope = {"rope_theta": c.rope_theta, "rope_type": "default"}
     config = {theirs: getattr(c, ours) for theirs, ours in SIZES.items()}
     config |= {
-        "architectures": [architecture],
+        "architectures": [architecture[family]],
         "model_type": family,
         "hidden_act": "silu",
-        "rope_parameters": rope,
+        "rope_parameters": rope | ({"rope_type": "llama3", **c.rope_scaling} if c.rope_scaling else {}),
+        "dtype": str(model.embed.weight.dtype).removeprefix("torch."),
     }
-    config |= {"dtype": str(model.embed.weight.dtype).removeprefix("torch.")}
-    state = {hf_name(name): p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
+    return config, {hf_name(name): p.detach() for name, p in model.state_dict().items()}
+
+
+def save_hf(model: GPT, folder: str | Path) -> None:
+    """Write a folder that transformers opens (see `export`). With a plan other than `full`, transformers
+    finds no weights for the projections that the plan does without, and knows nothing of the plan; `load_hf`
+    reads both."""
+    from safetensors.torch import save_file
+
+    c, folder = model.config, Path(folder)
+    config, state = export(model)
+    state = {name: p.cpu().contiguous() for name, p in state.items()}
     if c.tie_embeddings:
         del state["lm_head.weight"]
     gates = {name: state.pop(name) for name in list(state) if name.endswith("_gate")}

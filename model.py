@@ -347,7 +347,8 @@ class GPT(nn.Module):
                 if outputs == 0:
                     x = None
                     break
-                x, h, cos, sin = x[:, -1:].contiguous(), h[:, -1:].contiguous(), cos[-1:], sin[-1:]
+                x, h = (t.narrow_copy(1, T - 1, 1) for t in (x, h))  # a view's strides would tell T apart
+                cos, sin = cos[-1:], sin[-1:]
             x = finish(hi, x, h)
         if cache is not None:
             cache.length = start + T

@@ -174,28 +174,30 @@ def pareto(rows: list[dict]) -> list[dict]:
     return front
 
 
+# Lines differ by marker and dash as well as by colour, so that a grey print reads too.
+LOOKS = [
+    ("o", "-", "#1b5e9b"),
+    ("s", "--", "#d1601f"),
+    ("D", "-.", "#2b8a4b"),
+    ("^", ":", "#7b3fa0"),
+    ("v", (0, (5, 1)), "#8c6d1f"),
+    ("P", (0, (3, 1, 1, 1)), "#b0305c"),
+    ("X", (0, (1, 1)), "#444444"),
+]
+
+
 def draw(rows: list[dict], path: Path) -> None:
     """One line per run along its own Pareto front, hollow marks for its other plans, rings for the front of
-    all runs together. Runs differ by marker and dash as well as colour, so a grey print reads too."""
+    all runs together."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    styles = [
-        ("o", "-"),
-        ("s", "--"),
-        ("D", "-."),
-        ("^", ":"),
-        ("v", (0, (5, 1))),
-        ("P", (0, (3, 1, 1, 1))),
-        ("X", (0, (1, 1))),
-    ]
-    colours = ["#1b5e9b", "#d1601f", "#2b8a4b", "#7b3fa0", "#8c6d1f", "#b0305c", "#444444"]
     full = max(r["cache_bytes_per_token"] / r["cache_ratio"] for r in rows)
     fig, ax = plt.subplots(figsize=(8, 5), dpi=150)
     for i, name in enumerate(dict.fromkeys(r["run"] for r in rows)):
-        (marker, dash), colour = styles[i % len(styles)], colours[i % len(colours)]
+        marker, dash, colour = LOOKS[i % len(LOOKS)]
         own = [r for r in rows if r["run"] == name]
         front = pareto(own)
         x, y = ([r[k] for r in front] for k in ("cache_bytes_per_token", "loss"))
