@@ -41,7 +41,7 @@ from cli import (
     setting,
     sha256,
 )
-from kv_router import MAX_CONTEXT, Plan, StochasticRouter, check_size
+from kv_router import MAX_CONTEXT, Plan, StochasticRouter, check_size, costs, human
 from model import GPT, GPTConfig, convert
 
 
@@ -150,6 +150,8 @@ def find_checkpoint(folder: Path, prefer: str | None = None) -> tuple[Path, dict
         none = f"no checkpoint in {folder}; train one: python train.py --out_dir={folder}"
         raise UserError(errors[0] if errors else none)
     path = max(good, key=lambda path: good[path]["step"])
+    if not prefer and not errors and path.name != "ckpt.pt":  # a kill between the two
+        errors = [f"{folder / 'ckpt.pt'} is missing or older"]
     for error in errors:
         print(f"{error}; taking {path} of step {good[path]['step']}", file=sys.stderr)
     return path, good[path]
@@ -186,6 +188,12 @@ def pick_device(name: str) -> str:
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name} is not to be had here ({first_line(e)}); use --device auto") from e
     return name
+
+
+def device_memory(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
@@ -252,8 +260,8 @@ def make_optimizer(model: GPT, c: TrainConfig) -> torch.optim.Optimizer:
 
 
 VALID = {  # settings: the smallest value, and the first that is too large
-    (1, 1 << 31): "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval",
-    (1, MAX_CONTEXT + 1): "block_size",
+    (1, 1 << 31): "gradient_accumulation_steps eval_interval eval_iters log_interval",
+    (1, MAX_CONTEXT + 1): "batch_size block_size",
     (0, 1 << 31): "max_iters warmup_iters sample_interval",
     (0, 1 << 63): "seed",
     (0, 1): "beta1 beta2",
@@ -340,13 +348,15 @@ def pretrained(c: TrainConfig, train: data.Tokens) -> GPT:
 
 def restore(optimizer: torch.optim.Optimizer, checkpoint: dict, path: Path) -> None:
     """Load the optimizer's moments; its settings are those of the run, whatever the file says."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    wanted = {i: {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for i, p in enumerate(params)}
     try:
+        state = checkpoint["optimizer"]["state"]
+        found = {i: {name: t.shape for name, t in moments.items()} for i, moments in state.items()}
+        if found != (wanted if checkpoint["step"] else {}):
+            raise ValueError("its moments are not those of these weights")
         groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
-        for p in (p for group in optimizer.param_groups for p in group["params"] if checkpoint["step"]):
-            shapes = {name: t.shape for name, t in optimizer.state[p].items()}
-            if shapes != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
-                raise ValueError("moments of other shapes than the weights")
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
     except Exception as e:  # whatever a file can hold in place of tensors
         raise UserError(f"{path} does not hold the state of this optimizer ({first_line(e)})") from e
 
@@ -400,7 +410,11 @@ def main():
     device = pick_device(c.device)
     dtype, reason = pick_dtype(c.dtype, device)
     router = StochasticRouter(c.n_layer, c.router_p, c.seed, c.router_above) if c.router_p else None
-    Plan.parse(model_config(c, vocab_size=1).plan, c.n_layer)  # a mistake shows before a corpus is made
+    plan = Plan.parse(c.plan, c.n_layer)  # a mistake shows before a corpus is made
+    n_params = costs(plan, model_config(c, vocab_size=1)).params
+    if 16 * n_params > (memory := device_memory(device)):  # weights, gradients, two moments
+        need = f"{human(n_params)} parameters need {human(16 * n_params, 'B')} to train"
+        raise UserError(f"{need} and {device} has {human(memory, 'B')}; lower --n_layer or --n_embd")
     folder = Path(c.data_dir) / c.dataset
     if not folder.exists() and not checkpoint:  # a path in a checkpoint is not one to write to
         data.prepare_dataset(c.dataset, folder)
@@ -469,7 +483,9 @@ def main():
         return seconds + time.monotonic() - began
 
     def stop(what: str, cure: str):
-        last = f"the last good checkpoint is {saved[0]} of step {saved[1]}" if saved else "none is saved yet"
+        last = "no checkpoint is there"
+        if saved and saved[0].exists():
+            last = f"the last good checkpoint is {saved[0]} of step {saved[1]}"
         raise UserError(f"{what}; {last}; {cure}")
 
     def check(step: int):
@@ -534,7 +550,10 @@ def main():
             if router:  # full caches are only one of the plans it trains: the best step is best over draws
                 goal = row["val_loss_routed"] = evaluate(step, router.plan)
             log(step=step, **row, tokens=step * tokens_per_step, time=clock())
-            is_best, best = goal < best, min(goal, best)
+            if (
+                step or not c.max_iters
+            ):  # of the steps that are saved: then there are two checkpoints to rely on
+                is_best, best = goal < best, min(goal, best)
             note = f"  {goal:.4f} over drawn plans" if router else ""
             text = f"step {step:5}  val {loss:.4f} nats/token  {row['val_bpb']:.4f} bits/byte{note}"
             print(text, flush=True)
