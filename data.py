@@ -538,6 +538,8 @@ def main():
     )
     parser.add_argument("--data_dir", default="data", help="where tokenized corpora live [data]")
     args = parser.parse_args()
+    if "" in (args.input, args.hf):
+        raise UserError("--input and --hf must not be empty")
     if sum(x is not None for x in (args.dataset, args.input, args.hf)) > 1:
         raise UserError("--dataset, --input and --hf exclude each other; give one")
     if args.input and not args.name:

@@ -131,7 +131,10 @@ def load_checkpoint(path: Path) -> dict:
     of_run = read_json(settings, "delete it: checkpoints hold it too") if settings.exists() else {}
     for name, value in asdict(config).items():
         if name not in FREE_ON_RESUME and of_run.get(name, value) != value:
-            raise UserError(f"{path} is of another run: it has {name} {value}, {settings} {of_run[name]}")
+            raise UserError(
+                f"{path} is of another run than {settings}: {name} is {value} and {of_run[name]} there; "
+                "delete the wrong one"
+            )
     return checkpoint
 
 

@@ -500,7 +500,7 @@ def tokenizer_of(folder: Path):
 
 
 def any_tokenizer(enc) -> str:
-    """A damaged tokenizer of the user's cannot always be told from another one; it must work or be refused."""
+    """A user's damaged tokenizer cannot always be told from another one; it must work or be refused."""
     text = "def main(): return 1"
     assert all(0 <= i < enc.n_vocab for i in enc.encode_ordinary(text))
     return "usable"
@@ -606,7 +606,7 @@ class Exploit:
 
 
 def test_hostile_checkpoints(stock, corpus, tmp_path, script, refused, monkeypatch):
-    """Made with malice and right checksums: no code runs, nothing is allocated, nothing written elsewhere."""
+    """Made with malice and right checksums: no code runs, memory stays, nothing is written elsewhere."""
     monkeypatch.setenv("NANOKV_EXPLOITED", str(tmp_path / "exploited"))
     good = torch.load(stock / "run0" / "ckpt.pt", weights_only=True)
     out = tmp_path / "run"
@@ -618,17 +618,17 @@ def test_hostile_checkpoints(stock, corpus, tmp_path, script, refused, monkeypat
         return {"model_config": good["model_config"] | sizes}
 
     attacks = [
-        {"code": Exploit()}, {"model": None}, {"model": {}}, {"config": [1]}, {"config": {1: 2}}, {"step": -1},
-        {"step": "4"}, {"step": 1.5}, {"time": "x"}, {"optimizer": {}}, {"plans": 3},
+        {"code": Exploit()}, {"model": None}, {"model": {}}, {"config": [1]}, {"config": {1: 2}},
+        {"step": -1}, {"step": "4"}, {"step": 1.5}, {"time": "x"}, {"optimizer": {}}, {"plans": 3},
         {"optimizer": {"state": {0: huge}, "param_groups": []}}, {"optimizer": {"state": []}},
         {"optimizer": {"state": {i: s | {"exp_avg": huge} for i, s in state.items()}}},
         {"optimizer": {"state": {i: {"step": s["step"]} for i, s in state.items()}}},
         {"model": good["model"] | {"embed.weight": huge, "lm_head.weight": huge}},
         {"model": {k: "x" for k in good["model"]}}, {"corpus": "0" * 64},
         shape(n_layer=10**9), shape(n_embd=1 << 30), shape(vocab_size=1 << 30), shape(block_size=1 << 40),
-        shape(block_size=-1), shape(head_dim=1 << 20), shape(n_hidden=1 << 30), shape(n_head=0), shape(plan="x"),
-        shape(plan="keep:0"), shape(n_layer=3), shape(n_layer="2"), shape(rope_scaling={"factor": "x"}),
-        shape(unknown=1), shape(plan="a\nb"), shape(rope_theta=True),
+        shape(block_size=-1), shape(head_dim=1 << 20), shape(n_hidden=1 << 30), shape(n_head=0),
+        shape(plan="x"), shape(plan="keep:0"), shape(n_layer=3), shape(n_layer="2"),
+        shape(rope_scaling={"factor": "x"}), shape(unknown=1), shape(plan="a\nb"), shape(rope_theta=True),
         {"config": good["config"] | {"n_layer": 10**9}}, {"config": good["config"] | {"dataset": "\0"}},
         {"config": good["config"] | {"batch_size": 0}}, {"config": good["config"] | {"dataset": "../../x"}},
     ]  # fmt: skip
@@ -637,9 +637,9 @@ def test_hostile_checkpoints(stock, corpus, tmp_path, script, refused, monkeypat
         refused("train.py", f"--out_dir={out}", "--init_from=resume", "--max_iters=4")
         came("hostile checkpoint", "refused")
     assert not (tmp_path / "exploited").exists()
-    with zipfile.ZipFile(out / "ckpt.pt", "w", zipfile.ZIP_DEFLATED) as bomb:  # 1 GB in 1 MB
+    with zipfile.ZipFile(out / "ckpt.pt", "w", zipfile.ZIP_DEFLATED) as bomb:  # 128 MB in 128 kB
         with bomb.open("a/data.pkl", "w", force_zip64=True) as file:
-            for _ in range(64):
+            for _ in range(8):
                 file.write(bytes(1 << 24))
     assert "lies about sizes" in refused("train.py", f"--out_dir={out}", "--init_from=resume")
     (out / "ckpt.pt").write_bytes(pickle.dumps(Exploit()))
@@ -687,8 +687,8 @@ def test_hostile_text_files(stock, corpus, tmp_path, script, refused):
     many_digits = "1" + "0" * 400
     for text in (
         NEST, f"a = {NEST}", "seed = 99999999999999999999", "seed = -1", "n_layer = true", "plan = 3",
-        'out_dir = "a\\u0000b"', 'dataset = "a\\nb"', "learning_rate = inf", "learning_rate = nan", "beta2 = 1.0",
-        f"n_layer = {many_digits}", f"learning_rate = {many_digits}", "[n_layer]\nx = 1",
+        'out_dir = "a\\u0000b"', 'dataset = "a\\nb"', "learning_rate = inf", "learning_rate = nan",
+        "beta2 = 1.0", f"n_layer = {many_digits}", f"learning_rate = {many_digits}", "[n_layer]\nx = 1",
     ):  # fmt: skip
         refuse(tmp_path / "x.toml", text, "train.py", tmp_path / "x.toml")
     out = tmp_path / "searched"
@@ -723,8 +723,9 @@ def test_hostile_folders(stock, tmp_path):
         {"max_position_embeddings": 1 << 40}, {"max_position_embeddings": -1}, {"hidden_size": "16"},
         {"num_attention_heads": 0}, {"rms_norm_eps": "x"}, {"rms_norm_eps": -1.0}, {"rope_parameters": [1]},
         {"rope_parameters": {"rope_theta": "x"}}, {"rope_parameters": rope | {"factor": 0}},
-        {"rope_parameters": rope | {"low_freq_factor": 4.0}}, {"tie_word_embeddings": 3}, {"head_dim": 1 << 20},
-        {"model_type": "mistral", "sliding_window": "x"}, {"model_type": ["llama"]}, {"intermediate_size": 3},
+        {"rope_parameters": rope | {"low_freq_factor": 4.0}}, {"tie_word_embeddings": 3},
+        {"head_dim": 1 << 20}, {"model_type": "mistral", "sliding_window": "x"}, {"model_type": ["llama"]},
+        {"intermediate_size": 3},
     ):  # fmt: skip
         (folder / "config.json").write_text(json.dumps(good | change))
         with pytest.raises((UserError, PlanError)) as e:
@@ -829,11 +830,11 @@ def test_random_flags(stock, corpus, tmp_path, script, many, monkeypatch):
         "sample.py": "plan start num_samples max_new_tokens temperature top_k seed dtype device".split(),
         "sweep.py": ["plans", "windows", "batch_size", "device", "data_dir", "nope"],
         "data.py": ["dataset", "input", "name", "tokenizer", "data_dir", "split"],
-        "kv_router.py": ["n_layer", "n_head", "n_embd", "head_dim", "context", "batch", "bytes", "vocab_size"],
+        "kv_router.py": "n_layer n_head n_embd head_dim context batch bytes vocab_size".split(),
         "hf.py": ["nope"],
-        "experiments.py": ["seeds", "max_iters"],
+        "experiments.py": ["seeds"],  # more would start a training
     }  # fmt: skip
-    monkeypatch.setattr(data, "prepare_dataset", lambda *args: pytest.fail("no flag here asks for that"))
+    monkeypatch.setattr(data, "python_corpus", lambda: pytest.fail("no flag here asks for that"))
     for _ in range(many(60, 600)):
         name = rng.choice([*base, "train.py", "sample.py"])
         args = list(base[name])
