@@ -197,9 +197,9 @@ def test_experiments_lets_its_run_save(corpus, tmp_path):
     command = [sys.executable, "-c", code, tmp_path, *(f for f in settings if "out_dir" not in f)]
     log = tmp_path / "a" / "log.jsonl"
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, **pipe) as process:
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipe) as process:
         wait_for(lambda: log.exists() and log.stat().st_size > 2000)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         output, _ = process.communicate(timeout=30)
     assert process.returncode == 130 and "stopped and saved after step" in output, output
     assert train.load_checkpoint(tmp_path / "a" / "ckpt.pt")["step"] > 0
@@ -235,6 +235,15 @@ def test_stopped_at_any_step_and_resumed(corpus, tmp_path, script, settings, man
         wanted = [{k: v for k, v in row.items() if k != "plans"} for row in rows]
         assert [row for row in strip if row in wanted] == wanted and len(strip) <= len(wanted) + len(extra)
         came("stop and resume", "the same result")
+
+    def crash():
+        raise KeyboardInterrupt  # as a kill would, without a last save
+
+    with at_step(6, crash):
+        script("train.py", *flags(corpus, tmp_path / "crashed", **settings))
+    assert script("train.py", f"--out_dir={tmp_path / 'crashed'}", "--init_from=resume")[0] == 0
+    assert record(tmp_path / "crashed") == (rows, states)
+    came("crash and resume", "the same result")
 
 
 def test_settings_that_contradict_a_checkpoint(corpus, tmp_path, script, refused):
@@ -304,6 +313,7 @@ def test_a_full_disk(corpus, tmp_path, script, refused):
         r"cannot save step 8 to .*: File too large; .* ckpt.pt of step 4;", line.replace("/", " ")
     )
     assert not list(out.glob("*.tmp"))
+    assert [train.load_checkpoint(out / name)["step"] for name in ("ckpt.pt", "best.pt")] == [4, 4]
     assert script("train.py", f"--out_dir={out}", "--init_from=resume")[0] == 0
     assert record(out) == record(tmp_path / "whole")
     came("full disk", "refused, then the same result")
@@ -627,10 +637,12 @@ def test_hostile_checkpoints(stock, corpus, tmp_path, script, refused, monkeypat
         shape(n_layer=10**9), shape(n_embd=1 << 30), shape(vocab_size=1 << 30), shape(block_size=1 << 40),
         shape(block_size=-1), shape(head_dim=1 << 20), shape(n_hidden=1 << 30), shape(n_head=0),
         shape(plan="x"), shape(plan="keep:0"), shape(n_layer=3), shape(n_layer="2"),
-        shape(rope_scaling={"factor": "x"}), shape(unknown=1), shape(plan="a\nb"), shape(rope_theta=True),
+        shape(rope_scaling={"factor": "x"}), shape(unknown=1), shape(plan="a\nb"),
+        shape(rope_theta=True), shape(vocab_size=1 << 24),
         {"config": good["config"] | {"n_layer": 10**9}}, {"config": good["config"] | {"dataset": "\0"}},
         {"config": good["config"] | {"batch_size": 0}}, {"config": good["config"] | {"dataset": "../../x"}},
     ]  # fmt: skip
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB
     for attack in attacks:
         torch.save(good | attack, out / "ckpt.pt")
         refused("train.py", f"--out_dir={out}", "--init_from=resume", "--max_iters=4")
@@ -653,6 +665,7 @@ def test_hostile_checkpoints(stock, corpus, tmp_path, script, refused, monkeypat
     torch.save(good | {"config": good["config"] | {"out_dir": else_dir}}, "out/run/ckpt.pt")
     assert script("train.py", "--init_from=resume", "--max_iters=4")[0] == 0
     assert not (tmp_path / "elsewhere").exists() and (tmp_path / "out" / "run" / "log.jsonl").exists()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < used + 300_000
     FAULTS["hostile checkpoint"].update({"refused": 3, "resumed in its own folder": 1})
 
 
@@ -715,10 +728,11 @@ def test_hostile_folders(stock, tmp_path):
     (folder / "nanokv.json").write_text(json.dumps(own))  # without checksums
     hf.load_hf(folder)
     good = json.loads((folder / "config.json").read_text())
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope["original_max_position_embeddings"] = 16
     for change in (
-        {"hidden_size": 1 << 30}, {"vocab_size": 1 << 40}, {"num_hidden_layers": 10**9}, {"head_dim": True},
+        {"hidden_size": 1 << 30}, {"vocab_size": 1 << 24}, {"num_hidden_layers": 10**9}, {"head_dim": True},
         {"max_position_embeddings": 1 << 40}, {"max_position_embeddings": -1}, {"hidden_size": "16"},
         {"num_attention_heads": 0}, {"rms_norm_eps": "x"}, {"rms_norm_eps": -1.0}, {"rope_parameters": [1]},
         {"rope_parameters": {"rope_theta": "x"}}, {"rope_parameters": rope | {"factor": 0}},
@@ -732,6 +746,7 @@ def test_hostile_folders(stock, tmp_path):
         assert one_line(e.value)
         came("hostile folder", "refused")
     (folder / "config.json").write_text(json.dumps(good))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < used + 300_000
     maps = (3, {"a": 3}, {"a": ".."}, {"a": "../hf/model.safetensors"}, {"a": "/etc/passwd"})
     for text in ("[]", "{}", NEST, *(json.dumps({"weight_map": x}) for x in maps)):
         (folder / "model.safetensors.index.json").write_text(text)
@@ -882,6 +897,20 @@ def test_cyclic_passes_come_back_from_a_folder(corpus, tmp_path, script):
     assert (c.plan, c.forward_passes, c.backward_passes) == ("1_1", 3, 1)
 
 
-def test_a_checksum_covers_every_entry():
-    value = cli.sealed({"a": 1, "b": {"c": [1, 2]}})
-    assert cli.sealed(value) == value != cli.sealed(value | {"a": 2})
+def test_one_digit_of_a_sealed_file(corpus, stock, tmp_path):
+    folder = tmp_path / "own"
+    shutil.copytree(corpus, folder)
+    for name in ("tokens", "bytes"):
+        text = (corpus / "meta.json").read_text()
+        count = data.read_meta(corpus)["train"][name]
+        (folder / "meta.json").write_text(text.replace(str(count), str(count + 1)))
+        with pytest.raises(UserError, match="checksum does not match"):
+            data.read_meta(folder)
+        came("one digit of meta.json", "refused")
+    raw = (stock / "run0" / "search.jsonl").read_text()
+    loss = json.loads(raw.splitlines()[-1])["calibration_loss"]
+    for bad in (raw.replace(str(loss), str(loss - 1)), "".join(raw.splitlines(keepends=True)[:-1])):
+        (tmp_path / "search.jsonl").write_text(bad)
+        with pytest.raises(UserError, match="rows are missing or changed"):
+            sweep.auto_plan("auto:0.6", str(tmp_path))
+        came("one digit or row of search.jsonl", "refused")
