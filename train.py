@@ -39,7 +39,6 @@ from cli import (
     replace_file,
     run,
     setting,
-    sha256,
 )
 from kv_router import MAX_CONTEXT, Plan, StochasticRouter, check_size, costs, human
 from model import GPT, GPTConfig, convert
@@ -338,7 +337,7 @@ def pretrained(c: TrainConfig, train: data.Tokens) -> GPT:
         )
     for name in ("tokenizer.json", "tokenizer.tiktoken"):
         theirs, ours = Path(c.init_from[3:]) / name, train.path.with_name(name)
-        if theirs.exists() and not (ours.exists() and sha256(ours) == sha256(theirs)):
+        if theirs.exists() and not (ours.exists() and data.sha256(ours) == data.sha256(theirs)):
             raise UserError(
                 f"{train.path.parent} was not tokenized with {theirs}, as the model's text was; make one "
                 f"that is: python data.py --tokenizer {theirs} --name NAME"

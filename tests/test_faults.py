@@ -174,16 +174,14 @@ def test_one_run_a_folder_and_two_signals(corpus, tmp_path, refused, script, sta
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_real_process_saves_on_a_signal(corpus, tmp_path, number, many):
-    if number == signal.SIGINT and not many(0, 1):
-        pytest.skip("with -m faults; test_experiments_lets_its_run_save sends one, too")
-    out = tmp_path / "run"
-    command = [sys.executable, ROOT / "train.py", *flags(corpus, out, max_iters=100_000, log_interval=1)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        wait_for(lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size > 2000)
-        process.send_signal(number)
-        output, _ = process.communicate(timeout=30)
-    assert process.returncode == 128 + number and "Traceback" not in output, output
+def test_a_signal_saves(corpus, tmp_path, number, start):
+    out, text = tmp_path / "run", tmp_path / "output"
+    process = start(text, *flags(corpus, out, max_iters=100_000, log_interval=1))
+    wait_for(lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size > 2000)
+    os.kill(process.pid, number)
+    process.join(30)
+    output = text.read_text()
+    assert process.exitcode == 128 + number and "Traceback" not in output, output
     step = int(re.search(r"stopped and saved after step (\d+); go on: python train.py", output)[1])
     assert train.load_checkpoint(out / "ckpt.pt")["step"] == step
     came(f"{number.name} to a process", "saved")
