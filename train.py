@@ -412,8 +412,8 @@ def main():
     device = pick_device(c.device)
     dtype, reason = pick_dtype(c.dtype, device)
     router = StochasticRouter(c.n_layer, c.router_p, c.seed, c.router_above) if c.router_p else None
-    plan = Plan.parse(c.plan, c.n_layer)  # a mistake shows before a corpus is made
-    n_params = costs(plan, model_config(c, vocab_size=1)).params
+    config = model_config(c, vocab_size=1)  # a mistake shows before a corpus is made
+    n_params = costs(Plan.parse(c.plan, c.n_layer), config).params
     if 16 * n_params > (memory := device_memory(device)):  # weights, gradients, two moments
         need = f"{human(n_params)} parameters need {human(16 * n_params, 'B')} to train"
         raise UserError(f"{need} and {device} has {human(memory, 'B')}; lower --n_layer or --n_embd")
