@@ -5,7 +5,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 DEMO := out/demo
 # A run that was stopped goes on where it was; a finished one is left alone.
-from = --init_from=$(if $(wildcard $(DEMO)/$(1)/ckpt.pt),resume,scratch)
+from = --init_from=$(if $(wildcard $(DEMO)/$(1)/*.pt),resume,scratch)
 
 .PHONY: demo test
 

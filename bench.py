@@ -7,6 +7,7 @@ python bench.py --dtype bfloat16 --peer hf --prompts 64 8192   # transformers' m
 python bench.py --out_dir out/stochastic --plans full cla:2 auto:0.25 --prompts 64 192
 """
 
+import io
 import os
 import statistics
 import sys
@@ -20,11 +21,11 @@ from torch import Tensor
 
 import hf
 import kernels
-from cli import Parser, Progress, UserError, duration, run
+from cli import Parser, Progress, UserError, duration, replace_file, run
 from kv_router import PlanError, costs, human
 from model import GPT, GPTConfig, KVCache, convert
 from sweep import LOOKS, auto_plan, write_lines
-from train import load_run, pick_device, pick_dtype, replace_file
+from train import load_run, pick_device, pick_dtype
 
 SHAPE = {"n_layer": 12, "n_head": 12, "n_kv_head": 4, "n_embd": 768, "vocab_size": 32000}  # 125M parameters
 PLANS = ["full", "yoco", "fusedkv", "fusedkv-lite", "cla:4"]
@@ -283,7 +284,9 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
     axes[1].legend(frameon=False)
     fig.suptitle(title, fontsize=10)
     fig.tight_layout()
-    replace_file(path, lambda work: fig.savefig(work, format="png"))
+    content = io.BytesIO()
+    fig.savefig(content, format="png")
+    replace_file(path, content.getbuffer())
     plt.close(fig)
 
 

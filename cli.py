@@ -2,12 +2,17 @@
 
 import argparse
 import difflib
+import hashlib
+import json
 import os
+import re
+import signal
 import sys
 import time
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import field, fields
+from pathlib import Path
 
 from kv_router import PlanError
 
@@ -55,19 +60,27 @@ def run(main: Callable[[], None]):
         sys.stdout, "reconfigure"
     ):  # generated text must not stop a run where the terminal lacks a letter
         sys.stdout.reconfigure(errors="replace")
+
+    def fail(message: str):
+        print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up as Ctrl-C does
     try:
         main()
     except (UserError, PlanError) as e:
-        print(f"{name}: error: {e}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(e))
     except BrokenPipeError:  # the reader (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as e:  # no space, no permission, a file where a folder should be
         if e.filename is None and e.errno is None:
             raise
-        print(f"{name}: error: {e.filename or 'the disk'}: {e.strerror}", file=sys.stderr)
-        sys.exit(2)
+        fail(f"{e.filename or 'the disk'}: {e.strerror}")
+    except (MemoryError, RuntimeError) as e:  # torch's allocators raise RuntimeErrors, known by their text
+        if not isinstance(e, MemoryError) and not re.search("out of memory|allocate memory", str(e)):
+            raise
+        fail(f"out of memory ({first_line(e)[-150:]}); lower --batch_size, or the sizes of the model")
     except KeyboardInterrupt:
         print(f"\n{name}: stopped", file=sys.stderr)
         sys.exit(130)
@@ -99,7 +112,7 @@ def given_settings(cls, description: str) -> dict:
     args = vars(parser.parse_args())
     path = args.pop("config")
     flags = {name: value for name, value in args.items() if value is not None}
-    return (read_toml(path, cls) if path else {}) | flags
+    return (read_toml(path, cls) if path else {}) | checked(flags, cls, "the command line")
 
 
 def read_toml(path: str, cls) -> dict:
@@ -109,21 +122,79 @@ def read_toml(path: str, cls) -> dict:
             settings = tomllib.load(file)
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}; config/ holds the presets") from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} is not TOML: {e}") from e
+    except (ValueError, RecursionError) as e:  # bad syntax, no UTF-8, a thousand nested brackets
+        raise UserError(f"{path} is not TOML: {first_line(e)}") from e
+    return checked(settings, cls, path)
+
+
+def checked(settings: object, cls, where: object) -> dict:
+    """`settings`, read from `where`, if they are a dict of fields of dataclass `cls` with their types."""
     known = {f.name: f for f in fields(cls)}
+    if not isinstance(settings, dict):
+        raise UserError(f"{where} holds no settings")
+    settings = dict(settings)
     for key, value in settings.items():
         if key not in known:
             raise UserError(
-                f"{path}: unknown key {key!r}{suggest(key, list(known))} (train.py --help lists all)"
+                f"{where}: unknown key {key!r}{suggest(str(key), list(known))} (train.py --help lists all)"
             )
-        kind, choices = known[key].type, known[key].metadata["choices"]
-        if kind is float and type(value) is int:
+        kind, choices = known[key].type, known[key].metadata.get("choices")
+        if kind is float and type(value) is int and abs(value) < 1 << 63:
             value = settings[key] = float(value)
-        if type(value) is not kind or (choices and value not in choices):
-            valid = f"one of {', '.join(map(str, choices))}" if choices else f"a {kind.__name__}"
-            raise UserError(f"{path}: {key} = {value!r} is not {valid}")
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise UserError(f"{where}: {key} = {value!r} is not a {getattr(kind, '__name__', kind)}")
+        if choices and value not in choices:
+            raise UserError(f"{where}: {key} = {value!r} is not one of {', '.join(map(str, choices))}")
+        if isinstance(value, str) and not value.isprintable():  # no path, plan or device has such characters
+            raise UserError(f"{where}: {key} = {value!r} has characters that cannot be printed")
     return settings
+
+
+def read_json(path: Path, fix: str) -> dict:
+    """The JSON object in a file; UserError, naming the `fix`, where it is missing, damaged or something else.
+    A "checksum" in it (see `sealed`) must be right."""
+    try:
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+        if "checksum" in value and value != sealed(value):
+            raise ValueError("its checksum does not match")
+        return value
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}; {fix}") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is not JSON or damaged: {first_line(e)}; {fix}") from e
+
+
+def sealed(value: dict) -> dict:
+    """`value` with the checksum of all its other entries, so that a changed digit is noticed."""
+    text = json.dumps({key: value[key] for key in sorted(value) if key != "checksum"}, sort_keys=True)
+    return value | {"checksum": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def sha256(path: Path) -> str:
+    """About a second per GB."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write beside, flush to the disk, rename: whenever a machine stops, the old file is there or the new
+    one, never half of one."""
+    work = path.with_name(path.name + ".tmp")
+    work.unlink(missing_ok=True)  # what a killed run left
+    try:
+        with open(work, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(work, path)
+    except BaseException:
+        work.unlink(missing_ok=True)  # a full disk needs the room
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the new name, too
+    os.close(folder)
 
 
 def first_line(e: Exception) -> str:
@@ -141,11 +212,11 @@ class Progress:
     """A line that shows how far a long piece of work is and the time left (every 10 s in a log file)."""
 
     def __init__(self, what: str, total: float | None = None):
-        self.what, self.total, self.start, self.shown = what, total, time.time(), 0.0
+        self.what, self.total, self.start, self.shown = what, total, time.monotonic(), 0.0
         self.live, self.open = sys.stderr.isatty(), False
 
     def __call__(self, done: float, note: str = ""):
-        now, finished = time.time(), self.total is not None and done >= self.total
+        now, finished = time.monotonic(), self.total is not None and done >= self.total
         if not finished and now - max(self.shown, self.start) < (0.2 if self.live else 10):
             return
         self.shown, spent = now, now - self.start

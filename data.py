@@ -27,7 +27,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from cli import Parser, Progress, UserError, first_line, run
+from cli import Parser, Progress, UserError, first_line, read_json, run, sealed, sha256
 
 # --- tokenizers -------------------------------------------------------------------------------------------
 
@@ -136,20 +136,37 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 def load_tokenizer(folder: str | Path) -> "tiktoken.Encoding | JsonTokenizer":
     """The tokenizer of a tokenized corpus (data/NAME) or of a run made from one."""
     folder = Path(folder)
-    name = read_meta(folder)["tokenizer"]
+    meta = read_meta(folder)
+    name = meta["tokenizer"]
+    path = folder / ("tokenizer.json" if name.endswith(".json") else "tokenizer.tiktoken")
+    if path.exists() and meta.get("tokenizer_sha256", sha256(path)) != sha256(path):
+        raise UserError(f"{path} is damaged or not the one that {folder} was made with; {MAKE_AGAIN}")
     if name == "bytes":
-        return encoding("bytes", {bytes([b]): b for b in range(256)})
-    if name == "gpt2":
+        enc = encoding("bytes", {bytes([b]): b for b in range(256)})
+    elif name == "gpt2":
         try:
-            return tiktoken.get_encoding("gpt2")
+            enc = tiktoken.get_encoding("gpt2")
         except OSError as e:
             raise UserError(
                 "tokenizer gpt2 is downloaded at first use and could not be reached; go online once, or use "
                 "--tokenizer bpe:4096 or bytes"
             ) from e
-    if name.endswith(".json"):
-        return JsonTokenizer(folder / "tokenizer.json")
-    return encoding(name, read_ranks(folder / "tokenizer.tiktoken"))
+    else:
+        enc = JsonTokenizer(path) if name.endswith(".json") else encoding(name, read_ranks(path))
+    if not enc.n_vocab == meta.get("vocab_size", enc.n_vocab) <= MAX_VOCAB:
+        raise UserError(
+            f"{folder}: its tokenizer has {enc.n_vocab:,} tokens and meta.json says "
+            f"{meta.get('vocab_size')}, at most {MAX_VOCAB:,}; {MAKE_AGAIN}"
+        )
+    return enc
+
+
+def token_bytes(enc: "tiktoken.Encoding | JsonTokenizer", i: int) -> bytes:
+    """The bytes of token `i`; a replacement character where a model has more tokens than its tokenizer."""
+    try:
+        return enc.decode_single_token_bytes(i)
+    except KeyError:
+        return "\ufffd".encode()
 
 
 class JsonTokenizer:
@@ -163,12 +180,12 @@ class JsonTokenizer:
         try:
             text = path.read_text()
             self.tokenizer = Tokenizer.from_str(text)
+            vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
+            self.n_vocab = max(vocabulary.values()) + 1
         except OSError as e:
             raise UserError(f"cannot read the tokenizer {path}: {e.strerror}") from e
         except Exception as e:  # the package raises plain Exception
             raise UserError(f"{path} is not a Hugging Face tokenizer ({first_line(e)})") from e
-        vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
-        self.n_vocab = max(vocabulary.values()) + 1
         ends = ("<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "</s>", "<eos>", "<s>")
         self.eot_token = next((vocabulary[end] for end in ends if end in vocabulary), None)
         if self.eot_token is None:
@@ -196,19 +213,17 @@ class JsonTokenizer:
         return token.replace("\u2581", " ").encode()
 
 
+MAKE_AGAIN = "make the corpus again: python data.py (--help says how)"
+MAX_VOCAB = 1 << 20  # a number in a file must not fill the memory
+
+
 def read_meta(folder: Path) -> dict:
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        meta["tokenizer"]
-        return meta
-    except OSError as e:
-        raise UserError(
-            f"no tokenized corpus in {folder} ({e.strerror}); python data.py --help says how to make one"
-        ) from e
-    except ValueError as e:
-        raise UserError(
-            f"{folder / 'meta.json'} is damaged ({e}); make the corpus again with python data.py"
-        ) from e
+    if not (folder / "meta.json").exists():
+        raise UserError(f"no tokenized corpus in {folder}; python data.py --help says how to make one")
+    meta = read_json(folder / "meta.json", MAKE_AGAIN)
+    if not isinstance(meta.get("tokenizer"), str):
+        raise UserError(f"{folder / 'meta.json'} names no tokenizer; {MAKE_AGAIN}")
+    return meta
 
 
 # --- text -------------------------------------------------------------------------------------------------
@@ -372,6 +387,8 @@ def prepare(
         print(f"{folder}: tokenizer {tokenizer}", flush=True)
         make_tokenizer(tokenizer, documents, work)
         meta = {"tokenizer": tokenizer, "source": source}
+        for path in work.glob("tokenizer.*"):
+            meta["tokenizer_sha256"] = sha256(path)
         (work / "meta.json").write_text(json.dumps(meta))
         enc = load_tokenizer(work)
         dtype = np.dtype("<u2" if enc.n_vocab <= 1 << 16 else "<u4")
@@ -395,7 +412,7 @@ def prepare(
                     f"{source} is too short: its {split} part has no text; give 1,000 characters or more"
                 )
             c["sha256"] = c["sha256"].hexdigest()
-        meta |= {"vocab_size": enc.n_vocab, "dtype": dtype.name} | counts
+        meta = sealed(meta | {"vocab_size": enc.n_vocab, "dtype": dtype.name} | counts)
         (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         work.chmod(0o755)  # mkdtemp made it private
         if folder.exists():
@@ -445,19 +462,25 @@ def prepare_dataset(name: str, folder: Path, tokenizer: str = "bpe:4096") -> dic
 
 
 class Tokens:
-    """One split of a tokenized corpus, cut into windows of `block_size` tokens and the next one."""
+    """One split of a tokenized corpus, cut into windows of `block_size` tokens and the next one. The file is
+    compared with the size and the sha256 in meta.json, which takes about a second per GB."""
 
     def __init__(self, folder: str | Path, split: str, block_size: int):
         self.meta = read_meta(Path(folder))
         self.path, self.block_size = Path(folder) / f"{split}.bin", block_size
         try:
-            dtype, count = np.dtype(self.meta["dtype"]).newbyteorder("<"), self.meta[split]["tokens"]
-            self.bytes_per_token = self.meta[split]["bytes"] / count
+            dtype = {"uint16": "<u2", "uint32": "<u4"}[self.meta["dtype"]]
+            count, n_bytes = self.meta[split]["tokens"], self.meta[split]["bytes"]
+            if not (1 <= self.meta["vocab_size"] <= MAX_VOCAB and 1 <= n_bytes < 1 << 63):
+                raise ValueError(f"meta.json says vocab_size {self.meta['vocab_size']}, {n_bytes} bytes")
+            self.bytes_per_token = n_bytes / count
             self.ids = np.memmap(self.path, dtype=dtype, mode="r")
             if len(self.ids) != count:
                 raise ValueError(f"it holds {len(self.ids):,} tokens and meta.json says {count:,}")
+            if sha256(self.path) != self.meta[split]["sha256"]:
+                raise ValueError("its sha256 is not the one in meta.json")
         except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as e:
-            raise UserError(f"cannot read {self.path} ({e}); make the corpus again: python data.py") from e
+            raise UserError(f"cannot read {self.path} ({e}); {MAKE_AGAIN}") from e
         self.n_windows = (len(self.ids) - 1) // block_size
         if self.n_windows < 1:
             raise UserError(
@@ -471,7 +494,7 @@ class Tokens:
         if rows.max() >= self.meta["vocab_size"]:
             raise UserError(
                 f"{self.path} holds token id {rows.max()} and the vocabulary has "
-                f"{self.meta['vocab_size']:,}; make the corpus again with python data.py"
+                f"{self.meta['vocab_size']:,}; {MAKE_AGAIN}"
             )
         rows = torch.from_numpy(rows)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
@@ -515,6 +538,8 @@ def main():
     )
     parser.add_argument("--data_dir", default="data", help="where tokenized corpora live [data]")
     args = parser.parse_args()
+    if "" in (args.input, args.hf):
+        raise UserError("--input and --hf must not be empty")
     if sum(x is not None for x in (args.dataset, args.input, args.hf)) > 1:
         raise UserError("--dataset, --input and --hf exclude each other; give one")
     if args.input and not args.name:

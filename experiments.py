@@ -4,6 +4,7 @@ python experiments.py framework     the nine configurations of arXiv 2410.14442,
 """
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from statistics import mean, median
 
 import data
-from cli import Parser, UserError, duration, run
+from cli import Parser, UserError, duration, replace_file, run
 from kv_router import Plan
 from model import GPT
 from sweep import stderr
@@ -27,12 +28,14 @@ def train_all(folder: Path, runs: dict[str, list[str]]) -> None:
     def finished(name: str) -> Path:
         return folder / name / "finished.json"  # holds the flags it was finished with
 
-    todo = [n for n in runs if not finished(n).exists() or json.loads(finished(n).read_text()) != runs[n]]
-    began = time.time()
+    todo = [n for n in runs if not finished(n).exists() or finished(n).read_text() != json.dumps(runs[n])]
+    began = time.monotonic()
     for done, name in enumerate(todo):
-        left = f", about {duration((time.time() - began) / done * (len(todo) - done))} left" if done else ""
+        left = (
+            f", about {duration((time.monotonic() - began) / done * (len(todo) - done))} left" if done else ""
+        )
         print(f"[{done + 1} of {len(todo)}{left}] {name}", flush=True)
-        init = "resume" if (folder / name / "ckpt.pt").exists() else "scratch"
+        init = "resume" if any((folder / name).glob("*.pt")) else "scratch"
         command = [
             sys.executable,
             "train.py",
@@ -40,11 +43,19 @@ def train_all(folder: Path, runs: dict[str, list[str]]) -> None:
             f"--out_dir={folder / name}",
             f"--init_from={init}",
         ]
-        result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if result.returncode:
-            sys.exit(result.returncode)  # train.py has said why
-        print("    " + result.stdout.splitlines()[-1], flush=True)
-        finished(name).write_text(json.dumps(runs[name]))
+        # In a process group of its own: a Ctrl-C reaches it through us, once, and it has time to save.
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0) as child:
+            output = None
+            while output is None:
+                try:
+                    output, _ = child.communicate()
+                except KeyboardInterrupt:
+                    child.send_signal(signal.SIGINT)
+        if lines := output.splitlines():
+            print("    " + lines[-1], flush=True)
+        if child.returncode:
+            sys.exit(abs(child.returncode))  # train.py has said why
+        replace_file(finished(name), json.dumps(runs[name]).encode())
 
 
 def interleaved(

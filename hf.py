@@ -4,18 +4,20 @@
     model = load_hf("path/to/SmolLM2-135M")      # config.json and model*.safetensors
     save_hf(model, "path/to/mine")               # a folder that transformers opens
 
-Needs the package safetensors. What a config asks for and this model does not have is refused by name. A plan
-other than `full` lives in nanokv.json and nanokv.safetensors (its gates) beside the usual files.
+Needs the package safetensors. What a config asks for and this model does not have is refused by name. The
+plan lives in nanokv.json, with checksums of the other files, and its gates in nanokv.safetensors.
 """
 
+import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 
 import torch
 
-from cli import Parser, UserError, run
-from kv_router import Plan
+from cli import Parser, UserError, checked, read_json, replace_file, run, sealed, sha256
+from kv_router import PlanError, check_size
 from model import GPT, GPTConfig
 
 # Config keys that change nothing in a forward pass of these families.
@@ -53,6 +55,7 @@ SIZES = {
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_embeddings",
 }
+FETCH = "fetch the checkpoint folder again"
 FAMILIES = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
 
 
@@ -71,28 +74,15 @@ def hf_name(name: str) -> str:
     return "model." + name
 
 
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text())
-    except OSError as e:
-        raise UserError(
-            f"cannot read {path}: {e.strerror}; a checkpoint folder has config.json and safetensors"
-        ) from e
-    except ValueError as e:
-        raise UserError(f"{path} is not JSON: {e}") from e
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return value
-
-
 def read_config(folder: str | Path, block_size: int | None = None) -> GPTConfig:
     """The model that a folder's config.json asks for, with a context of `block_size`, by default its own."""
     path = Path(folder) / "config.json"
-    hf = read_json(path)
+    hf = read_json(path, FETCH)
     family = hf.get("model_type")
-    if family not in FAMILIES:
+    if str(family) not in FAMILIES:
         raise UserError(f"{path}: model_type {family!r} is not known; valid are {', '.join(FAMILIES)}")
     sizes = {ours: hf[theirs] for theirs, ours in SIZES.items() if hf.get(theirs) is not None}
+    sizes = checked(sizes, GPTConfig, path)
     if missing := {"vocab_size", "n_embd", "n_layer", "n_head"} - set(sizes):
         names = [theirs for theirs, ours in SIZES.items() if ours in missing]
         raise UserError(f"{path} lacks {', '.join(names)}")
@@ -107,9 +97,14 @@ def read_config(folder: str | Path, block_size: int | None = None) -> GPTConfig:
     if hf.get("pretraining_tp", 1) != 1:
         refuse(f"pretraining_tp {hf['pretraining_tp']}")
     window = hf.get("sliding_window") if family == "mistral" or hf.get("use_sliding_window") else None
+    if window and not isinstance(window, int):
+        refuse(f"a sliding window of {window!r} tokens")
     if window and window < sizes["block_size"]:
         refuse(f"a sliding window of {window} tokens (load it with block_size={window} and none is needed)")
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        refuse(f"rope scaling {rope!r}")
+    rope = dict(rope)
     theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     if kind == "default":
@@ -118,16 +113,37 @@ def read_config(folder: str | Path, block_size: int | None = None) -> GPTConfig:
         refuse(f"rope scaling of type {kind!r}")
     elif set(rope) != LLAMA3_ROPE:
         refuse(f"llama3 rope scaling with {', '.join(sorted(set(rope) ^ LLAMA3_ROPE))} missing or unknown")
+    numbers = {"norm_eps": sizes["norm_eps"], "rope_theta": theta} | rope
+    if bad := [n for n, x in numbers.items() if not isinstance(x, int | float) or not 0 < x < math.inf]:
+        refuse(f"{bad[0]} = {numbers[bad[0]]!r}")
+    if rope and not rope["low_freq_factor"] < rope["high_freq_factor"]:
+        refuse("high_freq_factor below low_freq_factor")
     known = IGNORED | set(SIZES) | {"hidden_act", "pretraining_tp", "use_sliding_window"}
     for key, value in hf.items():
         if key not in known and value:  # switched off, or 0.0, is what we have
             refuse(f"{key} = {value!r}")
-    plan_file = Path(folder) / "nanokv.json"
-    plan = read_json(plan_file).get("plan", "full") if plan_file.exists() else "full"
-    return GPTConfig(**sizes, **FAMILIES[family], rope_theta=theta, rope_scaling=rope or None, plan=plan)
+    own = read_own(Path(folder))
+    return GPTConfig(**sizes, **FAMILIES[family], **own, rope_theta=theta, rope_scaling=rope or None)
 
 
+OWN = ("plan", "forward_passes", "backward_passes")  # settings that config.json has no place for
 LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+
+
+def read_own(folder: Path) -> dict:
+    """What save_hf wrote into nanokv.json, where there is one, after comparing the checksums in it."""
+    path = folder / "nanokv.json"
+    if not path.exists():
+        return {}
+    own = read_json(path, FETCH)
+    sums = own.get("sha256", {})
+    for name in sums if isinstance(sums, dict) else ():
+        if sha256(folder / Path(name).name) != sums[name]:
+            raise UserError(f"{folder / name} is damaged or not of {path}; {FETCH}, or delete {path.name}")
+    own = {name: value for name, value in own.items() if name not in ("sha256", "checksum")}
+    if unknown := set(own) - set(OWN):
+        raise UserError(f"{path}: {min(unknown)!r} is not known; valid are {', '.join(OWN)}")
+    return checked(own, GPTConfig, path)
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -138,7 +154,10 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise UserError("Hugging Face folders need the package safetensors: pip install safetensors") from e
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        weight_map = read_json(index, FETCH).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
+            raise UserError(f"{index} has no weight_map of file names; {FETCH}")
+        shards = sorted(set(weight_map.values()))
         if any(Path(shard).name != shard for shard in shards):
             raise UserError(f"{index} names a shard outside the folder")
         files = [folder / shard for shard in shards]
@@ -166,8 +185,13 @@ def load_hf(folder: str | Path, block_size: int | None = None, dtype: torch.dtyp
     Raises UserError (one line) for a missing, truncated or pickled file, a tensor that is missing, of the
     wrong shape or not known, and for what its config asks and this model does not have."""
     folder = Path(folder)
-    model = GPT(read_config(folder, block_size)).to(dtype)
+    config = read_config(folder, block_size)
     tensors = read_tensors(folder)
+    try:
+        check_size(config, config.block_size, sum(t.nbytes for t in tensors.values()))
+    except PlanError as e:
+        raise UserError(f"{folder}: {e}") from e
+    model = GPT(config).to(dtype)
     wanted = {hf_name(name): p for name, p in model.state_dict().items()}
     if model.config.tie_embeddings:  # some folders store the shared matrix once more
         tensors.pop("lm_head.weight", None)
@@ -213,7 +237,7 @@ def save_hf(model: GPT, folder: str | Path) -> None:
     """Write a folder that transformers opens (see `export`). With a plan other than `full`, transformers
     finds no weights for the projections that the plan does without, and knows nothing of the plan; `load_hf`
     reads both."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     c, folder = model.config, Path(folder)
     config, state = export(model)
@@ -221,15 +245,17 @@ def save_hf(model: GPT, folder: str | Path) -> None:
     if c.tie_embeddings:
         del state["lm_head.weight"]
     gates = {name: state.pop(name) for name in list(state) if name.endswith("_gate")}
+    files = {"config.json": (json.dumps(config, indent=1) + "\n").encode()}
+    files["model.safetensors"] = save(state, metadata={"format": "pt"})
+    if gates:
+        files["nanokv.safetensors"] = save(gates, metadata={"format": "pt"})
+    own = {name: getattr(c, name) for name in OWN} | {"plan": model.plan.spec}
+    own["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    files["nanokv.json"] = (json.dumps(sealed(own), indent=1) + "\n").encode()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    for name in ("nanokv.json", "nanokv.safetensors"):
-        (folder / name).unlink(missing_ok=True)
-    if Plan.parse(c.plan, c.n_layer).spec != "full":
-        (folder / "nanokv.json").write_text(json.dumps({"plan": model.plan.spec}) + "\n")
-        if gates:
-            save_file(gates, folder / "nanokv.safetensors", metadata={"format": "pt"})
+    (folder / "nanokv.safetensors").unlink(missing_ok=True)
+    for name, content in files.items():
+        replace_file(folder / name, content)
 
 
 def main():
@@ -241,8 +267,9 @@ def main():
     args = parser.parse_args()
     model, _ = load_run(args.out_dir)
     save_hf(model, args.folder)
-    if (tokenizer := Path(args.out_dir) / "tokenizer.json").exists():
-        shutil.copyfile(tokenizer, Path(args.folder) / "tokenizer.json")
+    for name in ("tokenizer.json", "tokenizer.tiktoken"):
+        if (tokenizer := Path(args.out_dir) / name).exists():
+            shutil.copyfile(tokenizer, Path(args.folder) / name)
     print(f"wrote {args.folder}: {model.config.vocab_size:,} tokens, plan {model.plan.spec}")
 
 

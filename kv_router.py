@@ -144,6 +144,9 @@ fusedkv-lite       the upper half reads the middle layer's K and layer 0's V (Fu
 0_0_2_2            explicit, one source layer per layer
 0_1_k1v0_k0+1v0+1  explicit, K and V apart, + fuses"""
 
+MAX_LAYERS = 1000  # far above any model's: a number in a file must not fill the memory
+MAX_CONTEXT = 1 << 20  # tokens
+
 
 def _own(i: int) -> Route:
     return Route((i,), (i,))
@@ -171,8 +174,8 @@ def _parse(spec: str, n_layer: int) -> list[Route]:
     def layer(text):
         return integer(text, 0, n_layer - 1, "layer", f"keep:0,{n_layer // 2}" if n_layer > 1 else "full")
 
-    if n_layer < 1:
-        fail("there is no layer", "a model has 1 layer at least", "--n_layer 8")
+    if not 1 <= n_layer <= MAX_LAYERS:
+        fail(f"n_layer {n_layer} is not valid", f"a model has 1 to {MAX_LAYERS} layers", "--n_layer 8")
     name, _, arg = spec.partition(":")
     layers, half = list(range(n_layer)), n_layer // 2
     if spec in ("yoco", "fusedkv", "fusedkv-lite") and n_layer < 2:
@@ -287,12 +290,11 @@ class Shape:
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
-        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "backward_passes"):
-            if getattr(self, name) < 1:
-                raise PlanError(f"{name} {getattr(self, name)} is not valid; it must be 1 or more")
-        for name in ("head_dim", "n_hidden", "forward_passes"):
-            if getattr(self, name) < 0:
-                raise PlanError(f"{name} {getattr(self, name)} is not valid; it must be 0 or more")
+        positive = ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "backward_passes")
+        for name in (*positive, "head_dim", "n_hidden", "forward_passes"):
+            low, value = int(name in positive), getattr(self, name)
+            if not low <= value < 1 << 31:
+                raise PlanError(f"{name} {value} is not valid; it must be {low} or more, and below 2**31")
         if not self.head_dim and self.n_embd % self.n_head:
             raise PlanError(
                 f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; change one or set head_dim"
@@ -370,6 +372,16 @@ def costs(plan: Plan, shape: Shape, context: int = 8192, batch: int = 1, bytes_p
     )
 
 
+def check_size(shape: Shape, block_size: int, n_bytes: int) -> None:
+    """Raise PlanError when a model read from a file of `n_bytes` would have more parameters than the file has
+    bytes, or an absurd context: before anything is allocated, so that a header that lies fills no memory."""
+    params = costs(Plan.parse(shape.plan, shape.n_layer), shape).params
+    if params > n_bytes:
+        raise PlanError(f"it asks for {human(params)} parameters and has {human(n_bytes, 'B')}")
+    if not 1 <= block_size <= MAX_CONTEXT or block_size * shape.head_dim > 1 << 28:
+        raise PlanError(f"block_size {block_size} is not valid; it must be 1 to {MAX_CONTEXT}")
+
+
 def human(n: float, unit: str = "") -> str:
     """1536 -> '1.54 k'; powers of 1000, three digits."""
     for prefix in ("", "k", "M", "G", "T"):
@@ -397,8 +409,8 @@ def main():
     )
     args = parser.parse_args()
     try:
-        if min(args.context, args.batch) < 1:
-            raise PlanError("--context and --batch must be 1 or more")
+        if not 1 <= min(args.context, args.batch) <= max(args.context, args.batch) < 1 << 31:
+            raise PlanError("--context and --batch must be 1 or more, and below 2**31")
         shape = Shape(**{f.name: getattr(args, f.name) for f in fields(Shape) if hasattr(args, f.name)})
         plan, full = (Plan.parse(spec, shape.n_layer) for spec in (args.spec, "full"))
     except PlanError as e:

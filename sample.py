@@ -49,12 +49,20 @@ def main():
     for name, low in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
         if not getattr(args, name) >= low:
             raise UserError(f"--{name} {getattr(args, name)} is not valid; it must be {low} or more")
+    if 0 < args.temperature < 1e-6 or args.temperature == float("inf"):
+        raise UserError(
+            f"--temperature {args.temperature} is not valid; it must be 0 (greedy) or 1e-6 or more"
+        )
+    if not 0 <= args.seed <= (1 << 63) - args.num_samples:
+        raise UserError(f"--seed {args.seed} is not valid; it must be 0 or more and below 2**63")
     device = pick_device(args.device)
     dtype, _ = pick_dtype(args.dtype, device)
     model, _ = load_run(args.out_dir, device)
     model.to(dtype)
     enc = data.load_tokenizer(args.out_dir)
     text = data.read_text(Path(args.start[5:])) if args.start.startswith("FILE:") else args.start
+    if enc.n_vocab > model.config.vocab_size:
+        raise UserError(f"the tokenizer in {args.out_dir} has more tokens than its model; copy the right one")
     prompt = enc.encode_ordinary(text) or [enc.eot_token]
     room = model.config.block_size - args.max_new_tokens
     if len(prompt) > room:
@@ -81,7 +89,7 @@ def main():
                 cache=cache,
                 exact_prefill=args.exact_prefill,
             ):
-                print(decoder.decode(enc.decode_single_token_bytes(token.item())), end="", flush=True)
+                print(decoder.decode(data.token_bytes(enc, token.item())), end="", flush=True)
                 times.append(time.perf_counter())
             print(decoder.decode(b"", final=True))
             notes = f"first token after {1e3 * (times[1] - times[0]):.0f} ms"

@@ -6,6 +6,7 @@ python sweep.py --out_dir out/normal --search
 """
 
 import heapq
+import io
 import json
 import os
 from dataclasses import replace
@@ -14,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 import data
-from cli import Parser, Progress, UserError, run
+from cli import Parser, Progress, UserError, first_line, replace_file, run, sealed
 from kv_router import Plan, PlanError, costs, human
 from model import GPT
-from train import bits_per_byte, load_run, pick_device, replace_file, window_losses
+from train import bits_per_byte, load_run, pick_device, window_losses
 
 
 def ladder(n_layer: int) -> list[str]:
@@ -71,22 +72,28 @@ def auto_plan(spec: str, out_dir: str) -> str:
         return spec
     try:
         limit = float(share)
-        rows = [json.loads(line) for line in (Path(out_dir) / "search.jsonl").read_text().splitlines()]
     except ValueError as e:
         raise UserError(
             f"plan {spec!r}: {share!r} is not a share of the full cache, for example auto:0.5"
         ) from e
-    except FileNotFoundError as e:
-        raise UserError(
-            f"plan {spec!r}: none were searched for this run; python sweep.py --out_dir {out_dir} --search"
-        ) from e
-    fits = [r for r in rows if r["cache_ratio"] <= limit]
+    path, again = Path(out_dir) / "search.jsonl", f"python sweep.py --out_dir {out_dir} --search"
+    if not path.exists():
+        raise UserError(f"plan {spec!r}: none were searched for this run; {again}")
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        checksums = {row.pop("checksum", None) for row in rows}
+        if checksums not in ({None}, {sealed({"rows": rows})["checksum"]}):
+            raise ValueError("rows are missing or changed")
+        found = [(float(r["calibration_loss"]), float(r["cache_ratio"]), str(r["plan"])) for r in rows]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"{path} is damaged ({first_line(e)}); {again}") from e
+    fits = [row for row in found if row[1] <= limit]
     if not fits:
-        smallest = min(r["cache_ratio"] for r in rows)
+        smallest = min(ratio for _, ratio, _ in found)
         raise UserError(
             f"plan {spec!r}: the smallest cache found is {smallest:.4g} of the full one; ask for more"
         )
-    return min(fits, key=lambda r: r["calibration_loss"])["plan"]
+    return min(fits)[2]
 
 
 def score(
@@ -234,12 +241,14 @@ def draw(rows: list[dict], path: Path) -> None:
     ax.grid(alpha=0.25)
     ax.legend(frameon=False)
     fig.tight_layout()
-    replace_file(path, lambda work: fig.savefig(work, format="png"))
+    content = io.BytesIO()
+    fig.savefig(content, format="png")
+    replace_file(path, content.getbuffer())
     plt.close(fig)
 
 
 def write_lines(rows: list[dict], path: Path) -> None:
-    replace_file(path, lambda work: work.write_text("".join(json.dumps(r) + "\n" for r in rows)))
+    replace_file(path, "".join(json.dumps(r) + "\n" for r in rows).encode())
 
 
 def load_runs(
@@ -301,7 +310,8 @@ def main():
         train = data.Tokens(tokens.path.parent, "train", model.config.block_size)  # not what is scored
         plans = search(model, train, args.windows // 4 or 1, args.batch_size)
         rows = [{"plan": p.spec, "cache_ratio": p.cache_ratio, "calibration_loss": loss} for p, loss in plans]
-        write_lines(rows, Path(path) / "search.jsonl")
+        checksum = sealed({"rows": rows})["checksum"]  # in every row, so that a lost one is missed
+        write_lines([row | {"checksum": checksum} for row in rows], Path(path) / "search.jsonl")
         found[name] = [plan for plan, _ in plans]
     rows = score(runs, tokens, args.plans, args.windows, args.batch_size, found)
     print(table(rows))

@@ -6,16 +6,18 @@ python train.py config/demo.toml --out_dir=out/fusedkv --plan=fusedkv
 python train.py --out_dir=out/normal --init_from=resume
 """
 
+import fcntl
+import io
 import json
 import math
 import os
 import platform
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -27,8 +29,18 @@ import torch
 import data
 import hf
 import kernels
-from cli import UserError, duration, first_line, given_settings, run, setting
-from kv_router import Plan, StochasticRouter
+from cli import (
+    UserError,
+    checked,
+    duration,
+    first_line,
+    given_settings,
+    read_json,
+    replace_file,
+    run,
+    setting,
+)
+from kv_router import MAX_CONTEXT, Plan, StochasticRouter, check_size, costs, human
 from model import GPT, GPTConfig, convert
 
 
@@ -85,7 +97,7 @@ class TrainConfig:
 
 # What a resumed run may change; everything else must be as in the checkpoint.
 FREE_ON_RESUME = {
-    *("out_dir", "init_from", "data_dir", "max_iters", "eval_interval", "eval_iters", "log_interval"),
+    *("out_dir", "init_from", "data_dir", "max_iters", "eval_interval", "log_interval"),
     *("sample_interval", "device", "dtype", "compile"),
 }
 
@@ -94,27 +106,80 @@ FREE_ON_RESUME = {
 
 
 def load_checkpoint(path: Path) -> dict:
+    """A checkpoint, after its checksums and the types of its settings have been checked. Nothing in it is
+    executed: it may hold tensors and plain values only. UserError (one line) says what is wrong with it."""
     if not path.exists():
         raise UserError(f"no checkpoint {path}; train one: python train.py --out_dir={path.parent}")
     try:
+        with zipfile.ZipFile(path) as file:  # torch.save writes a zip; torch.load ignores its checksums
+            if sum(entry.file_size for entry in file.infolist()) > path.stat().st_size:
+                raise ValueError("its header lies about sizes")
+            if damaged := file.testzip():
+                raise ValueError(f"the checksum of {damaged} does not match")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint.setdefault("plans", [])  # older ones have none
     except Exception as e:  # zip, pickle and tensor errors of a damaged file are of many kinds
         raise UserError(f"{path} cannot be read as a checkpoint ({first_line(e)})") from e
-    if not isinstance(checkpoint, dict) or not {"model", "model_config", "config", "corpus"} <= set(
-        checkpoint
-    ):
+    kinds = {"model": dict, "optimizer": dict, "config": dict, "model_config": dict, "corpus": str}
+    kinds |= {"step": int, "best_val_loss": float, "time": float, "plans": list}
+    if not all(isinstance(checkpoint.get(k), kinds[k]) for k in kinds) or checkpoint["step"] < 0:
         raise UserError(f"{path} is not a checkpoint of nanokv; train one: python train.py --out_dir=NEW")
+    config = TrainConfig(**checked(checkpoint["config"], TrainConfig, path))
+    checked(checkpoint["model_config"], GPTConfig, path)
+    settings = path.with_name("config.json")
+    of_run = read_json(settings, "delete it: checkpoints hold it too") if settings.exists() else {}
+    for name, value in asdict(config).items():
+        if name not in FREE_ON_RESUME and of_run.get(name, value) != value:
+            raise UserError(
+                f"{path} is of another run than {settings}: {name} is {value} and {of_run[name]} there; "
+                "delete the wrong one"
+            )
     return checkpoint
+
+
+def find_checkpoint(folder: Path, prefer: str | None = None) -> tuple[Path, dict]:
+    """The newest good checkpoint of a run, or the one named `prefer`, if good. Says so on standard error when
+    one had to be passed over."""
+    good, errors = {}, []
+    for name in dict.fromkeys((prefer or "ckpt.pt", "ckpt.pt", "best.pt")):
+        path = folder / name
+        if path.exists() and not (prefer and good):
+            try:
+                good[path] = load_checkpoint(path)
+            except UserError as e:
+                errors.append(str(e))
+    if not good:
+        none = f"no checkpoint in {folder}; train one: python train.py --out_dir={folder}"
+        raise UserError(errors[0] if errors else none)
+    path = max(good, key=lambda path: good[path]["step"])
+    if not prefer and not errors and path.name != "ckpt.pt":  # a kill between the two
+        errors = [f"{folder / 'ckpt.pt'} is missing or older"]
+    for error in errors:
+        print(f"{error}; taking {path} of step {good[path]['step']}", file=sys.stderr)
+    return path, good[path]
+
+
+def build(path: Path, checkpoint: dict) -> GPT:
+    """The model in a checkpoint read from `path`."""
+    try:
+        config = GPTConfig(**checkpoint["model_config"])
+        check_size(config, config.block_size, path.stat().st_size)
+        model = GPT(config)
+        model.load_state_dict(checkpoint["model"])
+    except Exception as e:  # tensors and settings that do not fit each other fail in many ways
+        raise UserError(f"{path} does not hold the model that its settings name ({first_line(e)})") from e
+    return model
 
 
 def load_run(out_dir: str | Path, device: str = "cpu") -> tuple[GPT, TrainConfig]:
     """The model and the settings of a training run: its best checkpoint, or where there is none its last."""
     folder = Path(out_dir)
-    path = folder / "best.pt"
-    checkpoint = load_checkpoint(path if path.exists() else folder / "ckpt.pt")
-    model = GPT(GPTConfig(**checkpoint["model_config"]))
-    model.load_state_dict(checkpoint["model"])
-    return model.to(device).eval(), TrainConfig(**checkpoint["config"])
+    path, checkpoint = find_checkpoint(folder, prefer="best.pt")
+    if (folder / "meta.json").exists():
+        trained_on = data.read_meta(folder).get("train")
+        if not isinstance(trained_on, dict) or trained_on.get("sha256") != checkpoint["corpus"]:
+            raise UserError(f"{folder / 'meta.json'} is not of the corpus that {path} was trained on")
+    return build(path, checkpoint).to(device).eval(), TrainConfig(**checkpoint["config"])
 
 
 def pick_device(name: str) -> str:
@@ -125,6 +190,12 @@ def pick_device(name: str) -> str:
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name} is not to be had here ({first_line(e)}); use --device auto") from e
     return name
+
+
+def device_memory(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
@@ -190,30 +261,36 @@ def make_optimizer(model: GPT, c: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=True)
 
 
-AT_LEAST = {  # the smallest valid value of a setting
-    1: "batch_size gradient_accumulation_steps eval_interval eval_iters log_interval block_size",
-    0: "max_iters learning_rate min_lr warmup_iters weight_decay beta1 beta2 grad_clip seed sample_interval",
+VALID = {  # settings: the smallest value, and the first that is too large
+    (1, 1 << 31): "gradient_accumulation_steps eval_interval eval_iters log_interval",
+    (1, MAX_CONTEXT + 1): "batch_size block_size",
+    (0, 1 << 31): "max_iters warmup_iters sample_interval",
+    (0, 1 << 63): "seed",
+    (0, 1): "beta1 beta2",
+    (0, math.inf): "learning_rate min_lr weight_decay grad_clip",
 }
 
 
-def settings() -> tuple[TrainConfig, dict | None]:
-    """This run's settings, and the checkpoint it goes on from, if any."""
+def settings() -> tuple[TrainConfig, Path, dict | None]:
+    """This run's settings, and the checkpoint it goes on from, if any, with its path."""
     given = given_settings(TrainConfig, __doc__)
     c = TrainConfig(**given)
-    checkpoint = None
-    path = Path(c.out_dir) / "ckpt.pt"
+    path, checkpoint = Path(c.out_dir) / "ckpt.pt", None
     if c.init_from == "resume":
-        checkpoint = load_checkpoint(path)
+        path, checkpoint = find_checkpoint(path.parent)
+        before = asdict(TrainConfig(**checkpoint["config"]))
         for name, value in given.items():
-            if name not in FREE_ON_RESUME and value != checkpoint["config"][name]:
+            if name not in FREE_ON_RESUME and value != before[name]:
                 raise UserError(
-                    f"--{name} {value} contradicts {path}, trained with {checkpoint['config'][name]}; "
+                    f"--{name} {value} contradicts {path}, trained with {before[name]}; "
                     "leave it out, or start anew in another --out_dir"
                 )
-        c = TrainConfig(**checkpoint["config"] | given)
+            if name not in ("out_dir", "init_from") and value != before[name]:
+                print(f"--{name} {value} in place of {before[name]} from here on")
+        c = TrainConfig(**before | given | {"out_dir": c.out_dir})  # a moved run stays where it is now
     elif c.init_from != "scratch" and not c.init_from.startswith("hf:"):
         raise UserError(f"--init_from {c.init_from!r} is not valid; it is scratch, resume or hf:FOLDER")
-    elif path.exists():
+    elif path.exists() or path.with_name("best.pt").exists():
         raise UserError(
             f"{c.out_dir} holds a run; go on with it: --init_from=resume, or choose another --out_dir"
         )
@@ -226,23 +303,22 @@ def settings() -> tuple[TrainConfig, dict | None]:
                     f"--{name} {given[name]} contradicts {c.init_from[3:]}, which has {shape[name]}"
                 )
         c = TrainConfig(**asdict(c) | shape | given)
-    for low, names in AT_LEAST.items():
+    for (low, end), names in VALID.items():
         for name in names.split():
-            if not getattr(c, name) >= low:
-                raise UserError(f"--{name} {getattr(c, name)} is not valid; it must be {low} or more")
+            if not low <= (value := getattr(c, name)) < end:
+                limit = f"below {end}" if value >= end else f"{low} or more"
+                raise UserError(f"--{name} {value} is not valid; it must be {limit}")
     if c.min_lr > c.learning_rate:
         raise UserError(f"--min_lr {c.min_lr} is above --learning_rate {c.learning_rate}; lower it too")
     if c.router_above and not c.router_p:
         raise UserError("--router_above goes with --router_p; give both")
-    if max(c.beta1, c.beta2) >= 1:
-        raise UserError(f"--beta1 {c.beta1} and --beta2 {c.beta2} must be below 1")
     if c.router_p and Plan.parse(c.plan, c.n_layer).spec != "full":
         raise UserError(
             "--router_p trains one model for all plans and --plan one for a single plan; give one of them"
         )
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("training runs on one device so far; start it without torchrun")
-    return c, checkpoint
+    return c, path, checkpoint
 
 
 def model_config(c: TrainConfig, vocab_size: int) -> GPTConfig:
@@ -259,10 +335,32 @@ def pretrained(c: TrainConfig, train: data.Tokens) -> GPT:
             f"one of {model.config.vocab_size:,}; tokenize with the folder's own: python data.py "
             f"--tokenizer {Path(c.init_from[3:]) / 'tokenizer.json'}"
         )
+    for name in ("tokenizer.json", "tokenizer.tiktoken"):
+        theirs, ours = Path(c.init_from[3:]) / name, train.path.with_name(name)
+        if theirs.exists() and not (ours.exists() and data.sha256(ours) == data.sha256(theirs)):
+            raise UserError(
+                f"{train.path.parent} was not tokenized with {theirs}, as the model's text was; make one "
+                f"that is: python data.py --tokenizer {theirs} --name NAME"
+            )
     model.config.forward_passes, model.config.backward_passes = c.forward_passes, c.backward_passes
     if Plan.parse(c.plan, c.n_layer) != model.plan:
         model = convert(model, c.plan, [x for x, _ in train.held_out(16, 4)])
     return model.train()
+
+
+def restore(optimizer: torch.optim.Optimizer, checkpoint: dict, path: Path) -> None:
+    """Load the optimizer's moments; its settings are those of the run, whatever the file says."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    wanted = {i: {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for i, p in enumerate(params)}
+    try:
+        state = checkpoint["optimizer"]["state"]
+        found = {i: {name: t.shape for name, t in moments.items()} for i, moments in state.items()}
+        if found != (wanted if checkpoint["step"] else {}):
+            raise ValueError("its moments are not those of these weights")
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    except Exception as e:  # whatever a file can hold in place of tensors
+        raise UserError(f"{path} does not hold the state of this optimizer ({first_line(e)})") from e
 
 
 def git_commit() -> str | None:
@@ -275,56 +373,69 @@ def git_commit() -> str | None:
 
 
 class Log:
-    """log.jsonl: one object a line. A resumed run drops what came after its checkpoint."""
+    """log.jsonl: one object a line. A run resumed after `step` drops what came after its checkpoint."""
 
-    def __init__(self, path: Path, step: int):
-        kept = []
-        for line in path.read_text().splitlines() if step and path.exists() else []:
-            if line.endswith("}") and json.loads(line)["step"] <= step:  # a killed run can leave half a line
-                kept.append(line + "\n")
-        replace_file(path, lambda work: work.write_text("".join(kept)))
+    def __init__(self, path: Path, step: int | None):
+        kept, damaged = [], 0
+        old = path.read_text(errors="replace") if step is not None and path.exists() else ""
+        for line in old.split("\n"):
+            try:
+                kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+            except (ValueError, KeyError, TypeError, RecursionError):
+                damaged += bool(line)  # a killed run can leave half a line
+        if damaged:
+            print(f"{path}: left out {damaged} damaged line(s)")
+        replace_file(path, "".join(kept).encode())
         self.file = open(path, "a")
 
     def __call__(self, **row):
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        except OSError as e:
+            raise UserError(f"cannot write {self.file.name}: {e.strerror}; mend that and resume") from e
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside and rename: a reader finds the old file or the new one, never half of one."""
-    work = path.with_name(path.name + ".tmp")
-    write(work)
-    os.replace(work, path)
+def claim(path: Path):
+    """Open a run's file for writing, and hold it against other runs until it is closed or the process ends,
+    however that ends. UserError where another run holds it."""
+    file = open(path, "a", opener=lambda name, how: os.open(name, how | os.O_NOFOLLOW, 0o666))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise UserError(f"another run is at work in {path.parent}; choose another --out_dir") from e
+    return file
 
 
 def main():
-    c, checkpoint = settings()
+    c, path, checkpoint = settings()
     device = pick_device(c.device)
     dtype, reason = pick_dtype(c.dtype, device)
     router = StochasticRouter(c.n_layer, c.router_p, c.seed, c.router_above) if c.router_p else None
-    Plan.parse(model_config(c, vocab_size=1).plan, c.n_layer)  # a mistake shows before a corpus is made
+    config = model_config(c, vocab_size=1)  # a mistake shows before a corpus is made
+    n_params = costs(Plan.parse(c.plan, c.n_layer), config).params
+    if 16 * n_params > (memory := device_memory(device)):  # weights, gradients, two moments
+        need = f"{human(n_params)} parameters need {human(16 * n_params, 'B')} to train"
+        raise UserError(f"{need} and {device} has {human(memory, 'B')}; lower --n_layer or --n_embd")
     folder = Path(c.data_dir) / c.dataset
-    if not folder.exists():
+    if not folder.exists() and not checkpoint:  # a path in a checkpoint is not one to write to
         data.prepare_dataset(c.dataset, folder)
     train, val = (data.Tokens(folder, split, c.block_size) for split in ("train", "val"))
     corpus = train.meta["train"]["sha256"]
 
     torch.manual_seed(c.seed)
     start, best, seconds = 0, math.inf, 0.0
-    if c.init_from.startswith("hf:"):
+    if checkpoint:
+        model = build(path, checkpoint)
+    elif c.init_from.startswith("hf:"):
         model = pretrained(c, train)
     else:
-        model = GPT(
-            GPTConfig(**checkpoint["model_config"])
-            if checkpoint
-            else model_config(c, train.meta["vocab_size"])
-        )
+        model = GPT(model_config(c, train.meta["vocab_size"]))
     if checkpoint:
         if checkpoint["corpus"] != corpus:
             raise UserError(
                 f"{folder} is not the corpus that {c.out_dir} was trained on; use that or a new --out_dir"
             )
-        model.load_state_dict(checkpoint["model"])
         start, best, seconds = checkpoint["step"], checkpoint["best_val_loss"], checkpoint["time"]
         if start >= c.max_iters:
             print(
@@ -334,20 +445,19 @@ def main():
     model.to(device)
     optimizer = make_optimizer(model, c)
     if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        restore(optimizer, checkpoint, path)
     if c.compile:
         kernels.compile_model(model)
 
     out = Path(c.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    for name in (
-        "meta.json",
-        "tokenizer.tiktoken",
-        "tokenizer.json",
-    ):  # so that a run can be sampled without its corpus
+    run_file = claim(out / "run.json")
+    if not checkpoint and any(out.glob("*.pt")):
+        raise UserError(f"another run has just filled {out}; choose another --out_dir")
+    for name in ("meta.json", "tokenizer.tiktoken", "tokenizer.json"):  # to be sampled without its corpus
         if (folder / name).exists():
-            shutil.copyfile(folder / name, out / name)
-    (out / "config.json").write_text(json.dumps(asdict(c), indent=1) + "\n")
+            replace_file(out / name, (folder / name).read_bytes())
+    replace_file(out / "config.json", (json.dumps(asdict(c), indent=1) + "\n").encode())
     device_name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     n_params = sum(p.numel() for p in model.parameters())
     info = {
@@ -355,70 +465,97 @@ def main():
         "torch": torch.__version__, "device": device_name, "threads": torch.get_num_threads(),
         "dtype": str(dtype), "parameters": n_params, "plan": model.plan.spec, "corpus": corpus,
     }  # fmt: skip
-    (out / "run.json").write_text(json.dumps(info, indent=1) + "\n")
+    run_file.truncate(0)
+    run_file.write(json.dumps(info, indent=1) + "\n")
+    run_file.flush()
     tokens_per_step = c.batch_size * c.gradient_accumulation_steps * c.block_size
     how = f"stochastic routing, p = {c.router_p}" if router else f"plan {c.plan}"
     print(f"{c.out_dir}: {n_params:,} parameters, {how}, {c.max_iters} steps of {tokens_per_step:,} tokens")
     compiled = "compiled" if c.compile else "not compiled"
     print(f"{device_name}, {str(dtype).removeprefix('torch.')} ({reason}), {compiled}")
-    if start:
-        print(f"resumed after step {start}")
+    if checkpoint:
+        print(f"resumed after step {start}, from {path}")
 
-    def save(step: int, is_best: bool):
-        state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "step": step,
-            "corpus": corpus,
-        }
-        state |= {
-            "config": asdict(c),
-            "model_config": asdict(model.config),
-            "best_val_loss": best,
-            "time": clock(),
-        }
-        for name in ("best.pt", "ckpt.pt") if is_best else ("ckpt.pt",):
-            replace_file(out / name, lambda work: torch.save(state, work))
+    began = time.monotonic()
+    saved = (path, start) if checkpoint else None  # the last good checkpoint
+    plans = list(map(str, checkpoint["plans"])) if checkpoint else []  # drawn since the last log line
+    unchecked = []  # loss and gradient norm of the steps since the last log line or checkpoint
 
     def clock() -> float:
-        return seconds + time.time() - began
+        return seconds + time.monotonic() - began
 
-    def finite(loss: float, step: int) -> float:
-        if not math.isfinite(loss):
-            last = (
-                f"{out / 'ckpt.pt'} has the last good step"
-                if (out / "ckpt.pt").exists()
-                else "nothing is saved yet"
-            )
-            raise UserError(f"the loss became {loss} by step {step}; {last}; lower --learning_rate")
-        return loss
+    def stop(what: str, cure: str):
+        last = "no checkpoint is there"
+        if saved and saved[0].exists():
+            last = f"the last good checkpoint is {saved[0]} of step {saved[1]}"
+        raise UserError(f"{what}; {last}; {cure}")
+
+    def check(step: int):
+        """Stop at the first loss or gradient that is not finite. Looked at only when it is logged or about to
+        be saved, so that a GPU need not be waited for at every step."""
+        values = torch.stack(unchecked).tolist() if unchecked else []
+        for n, pair in enumerate(values, step - len(values) + 1):
+            for name, value in zip(("loss", "gradient norm"), pair):
+                if not math.isfinite(value):
+                    micro = range((n - 1) * c.gradient_accumulation_steps, n * c.gradient_accumulation_steps)
+                    drawn = [router.plan(i).spec for i in micro] if router else [model.plan.spec]
+                    what = f"the {name} became {value} by step {n}; plan: {', '.join(drawn)}"
+                    stop(what, "lower --learning_rate")
+        unchecked.clear()
+
+    def save(step: int, is_best: bool):
+        nonlocal saved
+        state = {
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "plans": plans,
+            "config": asdict(c), "model_config": asdict(model.config), "corpus": corpus,
+            "best_val_loss": best, "time": clock(),
+        }  # fmt: skip
+        moments = (t for s in optimizer.state.values() for t in s.values())
+        if not all(t.isfinite().all() for t in (*model.parameters(), *moments)):
+            stop(f"the weights became infinite or nan by step {step}", "lower --learning_rate")
+        content = io.BytesIO()
+        torch.save(state, content)
+        for name in ("best.pt", "ckpt.pt") if is_best else ("ckpt.pt",):  # a kill in between loses no best
+            try:
+                replace_file(out / name, content.getbuffer())
+            except OSError as e:
+                stop(f"cannot save step {step} to {out / name}: {e.strerror}", "mend that and resume")
+            saved = out / name, step
 
     def evaluate(step: int, plan: Callable[[int], Plan] | None = None) -> float:
         n = c.eval_iters * c.batch_size
         losses = window_losses(model, val, n, c.batch_size, plan, lambda: autocast(device, dtype))
-        return finite(float(losses.mean()), step)
+        loss = float(losses.mean())
+        if not math.isfinite(loss):
+            stop(f"the loss became {loss} by step {step}", "lower --learning_rate")
+        return loss
 
-    log = Log(out / "log.jsonl", start)
+    log = Log(out / "log.jsonl", start if checkpoint else None)
     interrupted = []
 
     def interrupt(signum, frame):  # finish the step, save, leave; a second signal leaves at once
         interrupted.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+        for number in handlers:
+            signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nfinishing this step to save it; once more leaves at once\n")
 
     handlers = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
-    began = time.time()
-    timed_steps, timed_since = 0, began  # training only: evaluation is left out of tokens/s
-    plans = []  # drawn since the last log line
+    timed_steps, timed_since = 0, time.monotonic()  # training only: evaluation is left out of tokens/s
     for step in range(start, c.max_iters + 1):
-        paused = time.time()
+        paused = time.monotonic()
         due, is_best = step % c.eval_interval == 0 or step == c.max_iters, False
+        if due or interrupted:
+            check(step)
         if due and not (checkpoint and step == start):  # that one is on record
             loss = goal = evaluate(step)
             row = {"val_loss": loss, "val_bpb": bits_per_byte(loss, val)}
             if router:  # full caches are only one of the plans it trains: the best step is best over draws
                 goal = row["val_loss_routed"] = evaluate(step, router.plan)
             log(step=step, **row, tokens=step * tokens_per_step, time=clock())
-            is_best, best = goal < best, min(goal, best)
+            if (
+                step or not c.max_iters
+            ):  # of the steps that are saved: then there are two checkpoints to rely on
+                is_best, best = goal < best, min(goal, best)
             note = f"  {goal:.4f} over drawn plans" if router else ""
             text = f"step {step:5}  val {loss:.4f} nats/token  {row['val_bpb']:.4f} bits/byte{note}"
             print(text, flush=True)
@@ -426,7 +563,7 @@ def main():
             save(step, is_best)
         if c.sample_interval and step > start and step % c.sample_interval == 0:
             show_sample(model, out, device)
-        timed_since += time.time() - paused
+        timed_since += time.monotonic() - paused
         if step == c.max_iters or interrupted:
             break
 
@@ -442,16 +579,17 @@ def main():
                 loss = model(x.to(device), y.to(device), plan=plan)[1] / c.gradient_accumulation_steps
             loss.backward()
             total += loss.detach()
-        if c.grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
+        unchecked.append(torch.stack((total, norm)))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         timed_steps += 1
 
         done = step + 1
-        if done % c.log_interval == 0 or done == c.max_iters:
-            total = finite(float(total), done)
-            speed = timed_steps * tokens_per_step / (time.time() - timed_since)
+        if done % c.log_interval == 0 or done == c.max_iters or interrupted:
+            check(done)
+            total = float(total)
+            speed = timed_steps * tokens_per_step / (time.monotonic() - timed_since)
             row = {"step": done, "train_loss": total, "lr": lr, "tokens": done * tokens_per_step}
             log(**row, tokens_per_s=speed, time=clock(), **({"plans": plans} if router else {}))
             left = duration((c.max_iters - done) * tokens_per_step / speed)
@@ -477,7 +615,8 @@ def show_sample(model: GPT, out: Path, device: str):
     prompt = torch.tensor([[enc.eot_token]], device=device)
     with torch.compiler.set_stance("force_eager"):
         ids = model.generate(prompt, min(64, model.config.block_size - 1), temperature=0.8, top_k=50, seed=0)
-    print("  | " + enc.decode(ids[0, 1:].tolist()).replace("\n", "\n  | "), flush=True)
+    text = b"".join(data.token_bytes(enc, i) for i in ids[0, 1:].tolist()).decode(errors="replace")
+    print("  | " + text.replace("\n", "\n  | "), flush=True)
 
 
 if __name__ == "__main__":

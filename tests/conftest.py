@@ -3,6 +3,7 @@
 import importlib
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import data
 from kv_router import Plan
 from model import GPT, GPTConfig
 
+FAULTS = {}  # kind of fault -> what came of it -> how often; test_faults.py fills it
 torch.set_num_threads(1)  # tiny tensors: two threads only wait for each other
 ROOT = Path(__file__).parent.parent
 
@@ -94,3 +96,13 @@ def refused(script):
         return lines[0]
 
     return call
+
+
+def pytest_terminal_summary(terminalreporter):
+    for kind, outcomes in FAULTS.items():
+        told = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.most_common())
+        terminalreporter.write_line(f"{outcomes.total():6} x {kind}: {told}")
+    if FAULTS:
+        total = sum((o for o in FAULTS.values()), Counter())
+        told = ", ".join(f"{n} {outcome}" for outcome, n in total.most_common())
+        terminalreporter.write_line(f"{total.total():6} faults in all: {told}")

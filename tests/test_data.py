@@ -212,6 +212,11 @@ def test_damaged_corpora_are_refused(tmp_path):
     with pytest.raises(UserError, match="meta.json says"):
         data.Tokens(folder, "train", 8)
     (folder / "train.bin").write_bytes(np.full(len(good) // 2, 301, "<u2").tobytes())
+    with pytest.raises(UserError, match="its sha256 is not the one in meta.json"):
+        data.Tokens(folder, "train", 8)
+    meta = data.read_meta(folder)
+    meta["train"]["sha256"] = data.sha256(folder / "train.bin")
+    (folder / "meta.json").write_text(json.dumps(data.sealed(meta)))
     with pytest.raises(UserError, match="token id 301 and the vocabulary has 30"):
         data.Tokens(folder, "train", 8).batch(0, 1, seed=0)
     (folder / "train.bin").unlink()

@@ -1,0 +1,914 @@
+"""Kills, full disks, damaged and hostile files: every case must end in a correct continuation or in one
+clear error line. `make test` tries a few of each, `pytest -m faults` all, and both say what came of them."""
+
+import contextlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAULTS, ROOT
+
+import cli
+import data
+import hf
+import sweep
+import train
+from cli import UserError
+from kv_router import Plan, PlanError
+
+pytestmark = pytest.mark.faults
+TINY = {
+    "n_layer": 2, "n_embd": 16, "n_head": 2, "n_kv_head": 1, "block_size": 16, "batch_size": 4,
+    "max_iters": 8, "warmup_iters": 2, "eval_interval": 4, "eval_iters": 1, "log_interval": 3,
+    "device": "cpu", "dtype": "float32", "learning_rate": 0.01, "min_lr": 0.001,
+}  # fmt: skip
+
+
+@pytest.fixture
+def many(request):
+    """many(quick, full): how many cases to try in this call of pytest."""
+    return lambda quick, full: full if request.config.option.markexpr == "faults" else quick
+
+
+def came(kind: str, outcome: str):
+    FAULTS.setdefault(kind, Counter())[outcome] += 1
+
+
+def one_line(e: Exception) -> bool:
+    return 10 < len(str(e)) and "\n" not in str(e)
+
+
+def flags(corpus: Path, out: Path, **settings) -> list[str]:
+    settings = TINY | {"data_dir": corpus.parent, "dataset": corpus.name, "out_dir": out} | settings
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def record(out: Path) -> tuple:
+    """All that a run leaves but its times: steps and weights of both checkpoints, losses, plans."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    keys = ("step", "train_loss", "val_loss", "val_loss_routed", "lr", "plans")
+    rows = [{k: row[k] for k in keys if k in row} for row in rows]
+    states = []
+    for name in ("ckpt.pt", "best.pt"):
+        if (out / name).exists():
+            state = torch.load(out / name, weights_only=True)
+            moments = {(i, k): t for i, s in state["optimizer"]["state"].items() for k, t in s.items()}
+            tensors = state["model"] | moments
+            states.append({k: t.numpy().tobytes() for k, t in tensors.items()} | {"step": state["step"]})
+            states[-1]["best"] = state["best_val_loss"]
+    return rows, states
+
+
+@contextlib.contextmanager
+def at_step(n: int | None, act):
+    """Call `act` whenever this process comes to training step n (0 is the first)."""
+    schedule = train.learning_rate
+
+    def learning_rate(step, c):
+        if step == n:
+            act()
+        return schedule(step, c)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "learning_rate", learning_rate)
+        yield
+
+
+# --- processes: forked from a server that has imported everything, so that a start takes no seconds -------
+
+
+def _child(argv: list[str], output: str, hold_at: int | None, memory: int | None):
+    fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    sys.argv = argv
+    if memory:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
+    with at_step(hold_at, lambda: (print("holding", flush=True), time.sleep(60))):
+        cli.run(train.main)
+
+
+@pytest.fixture(scope="module")
+def start():
+    """start(output file, flags ...) -> a running train.py"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["test_faults"])
+
+        def begin(output, *args, hold_at=None, memory=None):
+            argv = ["train.py", *map(str, args)]
+            process = context.Process(target=_child, args=(argv, str(output), hold_at, memory))
+            process.start()
+            return process
+
+        yield begin
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.005)
+
+
+def test_kill_9_at_any_moment_loses_nothing(corpus, tmp_path, script, start, many):
+    """A run that checkpoints every step, killed and resumed until it is done, equals one never killed."""
+    settings = {"router_p": 0.5, "gradient_accumulation_steps": 2, "eval_interval": 1, "max_iters": 25}
+    assert script("train.py", *flags(corpus, tmp_path / "whole", **settings))[0] == 0
+    whole = record(tmp_path / "whole")
+    rng, kills, rounds = random.Random(0), 0, 0
+    while kills < many(2, 30):
+        out, rounds = tmp_path / f"killed{rounds}", rounds + 1
+        init, exitcode = "scratch", None
+        while exitcode != 0:
+            init = "resume" if any(out.glob("*.pt")) else "scratch"
+            process = start(tmp_path / "output", *flags(corpus, out, init_from=init, **settings))
+            process.join(rng.uniform(0.05, 1.0) if kills < many(2, 30) else 60)
+            process.kill()
+            process.join()
+            exitcode = process.exitcode
+            assert exitcode in (0, -signal.SIGKILL), (tmp_path / "output").read_text()
+            if exitcode:
+                kills += 1
+                came("kill -9", "resumed to the same result")
+        assert record(out) == whole and not list(out.glob("*.tmp"))
+    assert "Traceback" not in (tmp_path / "output").read_text()
+
+
+def test_one_run_a_folder_and_two_signals(corpus, tmp_path, refused, script, start):
+    """A second run in the folder is refused while the first is at work, and not after it was killed. The
+    first of two signals is obeyed after the step, the second at once."""
+    out, text = tmp_path / "run", tmp_path / "output"
+    process = start(text, *flags(corpus, out, eval_interval=1), hold_at=2)
+    wait_for(lambda: text.exists() and "holding" in text.read_text())
+    assert "another run is at work" in refused("train.py", *flags(corpus, out, init_from="resume"))
+    came("two runs in one folder", "refused")
+    os.kill(process.pid, signal.SIGTERM)
+    wait_for(lambda: "once more leaves at once" in text.read_text())
+    os.kill(process.pid, signal.SIGINT)
+    process.join(20)
+    assert process.exitcode == -signal.SIGINT
+    came("two signals", "left at once")
+    assert script("train.py", *flags(corpus, out, init_from="resume", eval_interval=1))[0] == 0
+    assert script("train.py", *flags(corpus, tmp_path / "whole", eval_interval=1))[0] == 0
+    assert record(out) == record(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves(corpus, tmp_path, number, start):
+    out, text = tmp_path / "run", tmp_path / "output"
+    process = start(text, *flags(corpus, out, max_iters=100_000, log_interval=1))
+    wait_for(lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size > 2000)
+    os.kill(process.pid, number)
+    process.join(30)
+    output = text.read_text()
+    assert process.exitcode == 128 + number and "Traceback" not in output, output
+    step = int(re.search(r"stopped and saved after step (\d+); go on: python train.py", output)[1])
+    assert train.load_checkpoint(out / "ckpt.pt")["step"] == step
+    came(f"{number.name} to a process", "saved")
+
+
+def test_experiments_lets_its_run_save(corpus, tmp_path):
+    """Ctrl-C in a terminal reaches experiments.py and not, or only through it, the training it started."""
+    settings = flags(corpus, "OUT", max_iters=100_000, log_interval=1)
+    code = "import cli, experiments, pathlib, sys; folder = pathlib.Path(sys.argv[1]); "
+    code += "cli.run(lambda: experiments.train_all(folder, {'a': sys.argv[2:]}))"
+    command = [sys.executable, "-c", code, tmp_path, *(f for f in settings if "out_dir" not in f)]
+    log = tmp_path / "a" / "log.jsonl"
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipe) as process:
+        wait_for(lambda: log.exists() and log.stat().st_size > 2000)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130 and "stopped and saved after step" in output, output
+    assert train.load_checkpoint(tmp_path / "a" / "ckpt.pt")["step"] > 0
+    came("SIGINT to experiments.py", "saved")
+
+
+# --- runs that stop and go on, in this process ------------------------------------------------------------
+
+RUNS = [
+    {"router_p": 0.5, "gradient_accumulation_steps": 2},
+    {"plan": "fusedkv", "n_layer": 4},
+    {"plan": "sandwich-top:3", "n_layer": 4, "forward_passes": 2},
+    {"router_p": 0.5, "router_above": True, "seed": 3},
+]
+
+
+@pytest.mark.parametrize("settings", RUNS)
+def test_stopped_at_any_step_and_resumed(corpus, tmp_path, script, settings, many):
+    script("train.py", *flags(corpus, tmp_path / "whole", **settings))
+    rows, states = record(tmp_path / "whole")
+    steps = list(range(8)) if many(0, 1) else random.Random(str(settings)).sample(range(8), 2)
+    for step in steps:
+        out = tmp_path / f"stopped{step}"
+        with at_step(step, lambda: os.kill(os.getpid(), signal.SIGINT)):
+            assert script("train.py", *flags(corpus, out, **settings))[0] == 130
+        assert step + 1 in [row["step"] for row in record(out)[0]]  # the line that was not due yet
+        assert script("train.py", f"--out_dir={out}", "--init_from=resume")[0] == 0
+        again, state = record(out)
+        plans = [sum((row.get("plans", []) for row in log), []) for log in (rows, again)]
+        assert state == states and plans[0] == plans[1]
+        extra = [row["step"] for row in again if row["step"] == step + 1]
+        strip = [{k: v for k, v in row.items() if k != "plans"} for row in again]
+        wanted = [{k: v for k, v in row.items() if k != "plans"} for row in rows]
+        assert [row for row in strip if row in wanted] == wanted and len(strip) <= len(wanted) + len(extra)
+        came("stop and resume", "the same result")
+
+    def crash():
+        raise KeyboardInterrupt  # as a kill would, without a last save
+
+    with at_step(6, crash):
+        script("train.py", *flags(corpus, tmp_path / "crashed", **settings))
+    assert script("train.py", f"--out_dir={tmp_path / 'crashed'}", "--init_from=resume")[0] == 0
+    assert record(tmp_path / "crashed") == (rows, states)
+    came("crash and resume", "the same result")
+
+
+def test_settings_that_contradict_a_checkpoint(corpus, tmp_path, script, refused):
+    out = tmp_path / "run"
+    script("train.py", *flags(corpus, out, max_iters=0))
+    again = ("train.py", f"--out_dir={out}", "--init_from=resume")
+    for setting in ("n_layer=3", "plan=yoco", "seed=9", "learning_rate=0.5", "batch_size=2", "eval_iters=2"):
+        assert re.match(r".*--\w+ \S+ contradicts .*ckpt.pt, trained with", refused(*again, "--" + setting))
+        came("contradiction on resume", "refused")
+    status, text, _ = script(*again, "--max_iters=8", "--log_interval=2")
+    assert status == 0 and "--max_iters 8 in place of 0 from here on" in text
+    assert "--log_interval 2 in place of 3" in text
+    assert [row["step"] for row in record(out)[0]] == [0, 2, 4, 4, 6, 8, 8]  # the one of step 0, too
+    came("contradiction on resume", "reported")
+
+
+@pytest.fixture
+def interrupted(corpus, tmp_path, script):
+    """A run of 8 steps, whole, and the folder of another that was stopped after step 6."""
+    script("train.py", *flags(corpus, tmp_path / "whole", log_interval=1))
+    with at_step(5, lambda: os.kill(os.getpid(), signal.SIGINT)):
+        script("train.py", *flags(corpus, tmp_path / "run", log_interval=1))
+    return tmp_path / "whole", tmp_path / "run"
+
+
+def test_the_newest_good_checkpoint_is_taken(interrupted, script, refused):
+    whole, out = interrupted
+    good = (out / "ckpt.pt").read_bytes()
+    assert train.load_checkpoint(out / "best.pt")["step"] == 4
+    for bad in (b"", good[:-30], good[:4000] + bytes(200) + good[4200:], (whole / "meta.json").read_bytes()):
+        (out / "ckpt.pt").write_bytes(bad)
+        copy = out.with_name("copy")
+        shutil.copytree(out, copy)
+        status, text, err = script("train.py", f"--out_dir={copy}", "--init_from=resume")
+        assert status == 0 and "resumed after step 4, from" in text and record(copy) == record(whole)
+        assert re.search(r"ckpt.pt cannot be read .*; taking \S*best.pt of step 4", err)
+        shutil.rmtree(copy)
+        came("damaged ckpt.pt", "best.pt taken")
+    (out / "ckpt.pt").write_bytes(good)
+    copy = shutil.copytree(out, out.with_name("copy"))
+    shutil.copy(whole / "best.pt", copy)  # killed between the two: best.pt is newer
+    status, text, err = script("train.py", f"--out_dir={copy}", "--init_from=resume", "--max_iters=9")
+    assert status == 0 and "resumed after step 8, from" in text and "ckpt.pt is missing or older" in err
+    came("older ckpt.pt", "best.pt taken")
+    (out / "ckpt.pt").unlink()
+    assert "holds a run" in refused("train.py", *flags(out, out))
+    shutil.copy(out / "best.pt", out / "ckpt.pt")
+    (out / "best.pt").write_bytes(good[:-30])
+    status, _, err = script("sample.py", "--out_dir", out, "--max_new_tokens", 4, "--device", "cpu")
+    assert status == 0 and re.search(r"best.pt cannot be read .*; taking \S*ckpt.pt of step 4", err)
+    came("damaged best.pt", "ckpt.pt taken")
+    (out / "ckpt.pt").write_bytes(good[:-30])
+    assert "cannot be read" in refused("train.py", f"--out_dir={out}", "--init_from=resume")
+    came("both damaged", "refused")
+
+
+def test_a_full_disk(corpus, tmp_path, script, refused):
+    """No file may grow beyond a limit from step 5 on: the save fails, and the one before it is whole."""
+    assert script("train.py", *flags(corpus, tmp_path / "whole"))[0] == 0
+    out, (soft, hard) = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with at_step(5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))):
+            line = refused("train.py", *flags(corpus, out))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert re.search(
+        r"cannot save step 8 to .*: File too large; .* ckpt.pt of step 4;", line.replace("/", " ")
+    )
+    assert not list(out.glob("*.tmp"))
+    assert [train.load_checkpoint(out / name)["step"] for name in ("ckpt.pt", "best.pt")] == [4, 4]
+    assert script("train.py", f"--out_dir={out}", "--init_from=resume")[0] == 0
+    assert record(out) == record(tmp_path / "whole")
+    came("full disk", "refused, then the same result")
+
+
+def test_a_full_tmpfs(corpus, tmp_path, script, refused, many):
+    """A real full disk, where the machine lets us mount one."""
+    disk, whole = tmp_path / "disk", tmp_path / "whole"
+    disk.mkdir()
+    settings = {"n_embd": 64, "eval_interval": 1, "log_interval": 1}
+    assert script("train.py", *flags(corpus, whole, **settings))[0] == 0
+    size = (whole / "ckpt.pt").stat().st_size
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(2.5 * size)}", "tmpfs", disk]
+    if not many(0, 1) or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only with -m faults, and only where tmpfs can be mounted")
+    try:
+        line = refused("train.py", *flags(corpus, disk / "run", **settings))
+        assert "No space left on device; the last good checkpoint is" in line
+        came("full tmpfs", "refused")
+        subprocess.run(["mount", "-o", f"remount,size={10 * size}", disk], check=True)
+        assert script("train.py", f"--out_dir={disk / 'run'}", "--init_from=resume")[0] == 0
+        assert record(disk / "run") == record(whole)
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        assert "Read-only file system" in refused("train.py", *flags(corpus, disk / "other"))
+        more = (f"--out_dir={disk / 'run'}", "--init_from=resume", "--max_iters=9")
+        assert "Read-only file system" in refused("train.py", *more)
+        came("read-only folder", "refused")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_folder_that_vanishes_or_cannot_be_written(corpus, tmp_path, refused):
+    out = tmp_path / "run"
+    with at_step(5, lambda: shutil.rmtree(out)):
+        line = refused("train.py", *flags(corpus, out))
+    assert "cannot save step 8" in line and "no checkpoint is there" in line
+    for folder in ("/proc/nanokv", "/proc/self", "/dev/null/x"):
+        assert folder in refused("train.py", *flags(corpus, folder))
+        came("no output folder", "refused")
+    (tmp_path / "victim").write_text("precious")
+    out.mkdir()
+    for name in ("run.json", "log.jsonl", "config.json", "meta.json", "ckpt.pt.tmp"):
+        (out / name).symlink_to(tmp_path / "victim")  # a folder from elsewhere can hold links
+    refused("train.py", *flags(corpus, out))
+    assert (tmp_path / "victim").read_text() == "precious"
+    came("link out of the folder", "refused")
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient norm", "weights"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_gone_bad(corpus, tmp_path, script, refused, what, value, monkeypatch):
+    """Named with its step and plan; the checkpoint before it stays, and leads to the undamaged result."""
+    settings = {"router_p": 0.5, "gradient_accumulation_steps": 2, "log_interval": 4}
+    script("train.py", *flags(corpus, tmp_path / "whole", **settings))
+    out, calls = tmp_path / "run", itertools.count(1)
+    clip, forward = torch.nn.utils.clip_grad_norm_, train.GPT.forward
+
+    def spoil(parameters, limit):
+        parameters = list(parameters)
+        step = next(calls)
+        if step == 6:
+            tensor = parameters[0].data if what == "weights" else parameters[0].grad
+            tensor.view(-1)[0] = value
+            if what == "weights":
+                os.kill(os.getpid(), signal.SIGINT)  # saves before a loss can show it
+        return clip(parameters, limit)
+
+    def spoiled(self, *args, **kwargs):
+        logits, loss = forward(self, *args, **kwargs)
+        return logits, loss * (value if self.training and next(calls) == 12 else 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if what == "loss":
+            patch.setattr(train.GPT, "forward", spoiled)
+        else:
+            patch.setattr(torch.nn.utils, "clip_grad_norm_", spoil)
+        line = refused("train.py", *flags(corpus, out, **settings))
+    plans = ", ".join(train.StochasticRouter(2, 0.5, 0).plan(i).spec for i in (10, 11))
+    wanted = {"weights": "the weights became infinite or nan by step 6;"}
+    assert wanted.get(what, f"the {what} became {value} by step 6; plan: {plans};") in line
+    assert f"the last good checkpoint is {out / 'ckpt.pt'} of step 4; lower --learning_rate" in line
+    assert script("train.py", f"--out_dir={out}", "--init_from=resume")[0] == 0
+    assert record(out)[1] == record(tmp_path / "whole")[1]
+    came(f"{what} gone bad", "named, then the same result")
+
+
+def test_a_clock_that_jumps(corpus, tmp_path, script, monkeypatch):
+    rng, real = random.Random(0), time.time
+    monkeypatch.setattr(time, "time", lambda: real() + rng.choice([-1e6, -10, 0, 10, 1e6]))
+    assert script("train.py", *flags(corpus, tmp_path / "run"))[0] == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    times = [row["time"] for row in rows]
+    assert times == sorted(times) and 0 <= times[0] and times[-1] < 100
+    assert all(0 < row["tokens_per_s"] < 1e7 for row in rows if "tokens_per_s" in row)
+    came("clock that jumps", "right rates")
+
+
+@pytest.mark.parametrize("plan", ["full", "fusedkv", "1_1"])
+def test_a_context_of_one_token(corpus, tmp_path, script, refused, plan):
+    out = tmp_path / "run"
+    assert script("train.py", *flags(corpus, out, block_size=1, plan=plan, sample_interval=2))[0] == 0
+    assert all(math.isfinite(row.get("val_loss", 0)) for row in record(out)[0])
+    assert script("sweep.py", "--out_dir", out, "--windows", 4, "--device", "cpu")[0] == 0
+    assert "do not fit the context of 1" in refused("sample.py", "--out_dir", out, "--max_new_tokens", 1)
+    came("context of one token", "trained, swept, not sampled")
+
+
+def test_a_corpus_of_one_batch(tmp_path, script, refused):
+    data.prepare(tmp_path / "one", lambda: ["abcdefghij\n" * 60], "bytes", "a test")
+    n = len(data.Tokens(tmp_path / "one", "val", 1).ids) - 1
+    settings = {"block_size": n, "batch_size": data.Tokens(tmp_path / "one", "train", n).n_windows}
+    assert script("train.py", *flags(tmp_path / "one", tmp_path / "run", **settings))[0] == 0
+    losses = [row["val_loss"] for row in record(tmp_path / "run")[0] if "val_loss" in row]
+    assert losses[-1] < losses[0]
+    longer = flags(tmp_path / "one", tmp_path / "other", block_size=n + 1)
+    assert "too few for a window" in refused("train.py", *longer)
+    came("corpus of one batch", "trained")
+
+
+def test_out_of_memory_is_one_line(corpus, tmp_path, start, refused):
+    out, text = tmp_path / "run", tmp_path / "output"
+    process = start(text, *flags(corpus, out, batch_size=100_000), memory=500 << 20)
+    process.join(60)
+    lines = text.read_text().splitlines()
+    assert process.exitcode == 2 and "out of memory" in lines[-1] and "lower --batch_size" in lines[-1], lines
+    assert "Traceback" not in text.read_text()
+    line = refused("train.py", *flags(corpus, out, n_embd=200_000))
+    assert re.search("parameters need .* to train and cpu has .*; lower --n_layer or --n_embd", line)
+    FAULTS.setdefault("out of memory", Counter())["refused"] += 2
+
+
+# --- damaged files ----------------------------------------------------------------------------------------
+
+
+def damaged(rng: random.Random, raw: bytes, others: list[bytes]) -> bytes:
+    """`raw` cut short, with bits flipped, overwritten, repeated or lost in places, or another file."""
+    kind = rng.choice(["cut", "flip", "flip", "flip", "zeros", "noise", "lost", "twice", "longer", "swapped"])
+    raw, i = bytearray(raw), rng.randrange(len(raw) + 1)
+    n = rng.choice([1, 8, 64, len(raw) // 4])
+    if kind == "cut":
+        return bytes(raw[: i if i < len(raw) else 0])
+    if kind == "swapped":
+        return rng.choice(others)
+    if kind == "longer":
+        return bytes(raw) + rng.choice([bytes(n), rng.randbytes(n), bytes(raw)])
+    if kind == "flip":
+        for _ in range(rng.choice([1, 1, 1, 3])):
+            raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+    else:
+        raw[i : i + n] = {
+            "zeros": bytes(n),
+            "noise": rng.randbytes(n),
+            "lost": b"",
+            "twice": raw[i : i + n] * 2,
+        }[kind]
+    return bytes(raw)
+
+
+def weights(model) -> dict:
+    return {k: t.numpy().tobytes() for k, t in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def stock(corpus, tmp_path_factory):
+    """Two runs and two corpora that differ only in a seed or a text, a folder of each run, found plans."""
+    folder = tmp_path_factory.mktemp("stock")
+    texts = [path.read_text() for path in sorted((ROOT / "tests").glob("*.py"))]
+    data.prepare(folder / "other", lambda: texts, "bpe:512", "other text")
+    argv = sys.argv
+    for seed, of in ((0, corpus), (1, folder / "other")):
+        for name, plan in (("run", "full"), ("fused", "0_k0+1v0")):
+            sys.argv = ["train.py", *flags(of, folder / f"{name}{seed}", seed=seed, plan=plan, max_iters=2)]
+            train.main()
+        hf.save_hf(train.load_run(folder / f"fused{seed}")[0], folder / f"hf{seed}")
+        out = str(folder / f"run{seed}")
+        sys.argv = ["sweep.py", "--out_dir", out, "--search", "--windows=8", "--device=cpu"]
+        sweep.main()
+    sys.argv = argv
+    try:
+        import tokenizers
+    except ImportError:
+        return folder
+    made = tokenizers.ByteLevelBPETokenizer()
+    made.train_from_iterator(texts, vocab_size=400, special_tokens=["<|endoftext|>"])
+    made.save(str(folder / "tokenizer.json"))
+    data.prepare(folder / "json", lambda: texts, str(folder / "tokenizer.json"), "other text")
+    return folder
+
+
+def tokenizer_of(folder: Path):
+    enc = data.load_tokenizer(folder)
+    return enc.n_vocab, enc.encode_ordinary("def main(): print('日本')")
+
+
+def any_tokenizer(enc) -> str:
+    """A user's damaged tokenizer cannot always be told from another one; it must work or be refused."""
+    text = "def main(): return 1"
+    assert all(0 <= i < enc.n_vocab for i in enc.encode_ordinary(text))
+    return "usable"
+
+
+def corpus_of(folder: Path):
+    splits = [data.Tokens(folder, split, 16) for split in ("train", "val")]
+    return [(t.ids.tobytes(), t.bytes_per_token, t.meta["vocab_size"]) for t in splits]
+
+
+def resumed(folder: Path):
+    path, checkpoint = train.find_checkpoint(folder)
+    return weights(train.build(path, checkpoint)), checkpoint["config"], checkpoint["step"]
+
+
+READERS = {  # file -> the folder in stock it is in, and what reads it
+    "ckpt.pt": ("run0", resumed),
+    "best.pt": ("run0", lambda folder: weights(train.load_run(folder)[0])),
+    "config.json": ("run0", resumed),
+    "meta.json": ("corpus", lambda folder: (corpus_of(folder), tokenizer_of(folder))),
+    "train.bin": ("corpus", corpus_of),
+    "val.bin": ("corpus", corpus_of),
+    "tokenizer.tiktoken": ("corpus", tokenizer_of),
+    "tokenizer.json": ("json", tokenizer_of),
+    "search.jsonl": ("run0", lambda folder: sweep.auto_plan("auto:0.6", str(folder))),
+    "model.safetensors": ("hf0", lambda folder: weights(hf.load_hf(folder))),
+    "nanokv.safetensors": ("hf0", lambda folder: weights(hf.load_hf(folder))),
+    "nanokv.json": ("hf0", lambda folder: (weights(hf.load_hf(folder)), hf.read_config(folder))),
+    "hf config.json": ("hf0", lambda folder: (weights(hf.load_hf(folder)), hf.read_config(folder))),
+    "run meta.json": ("run0", lambda folder: (weights(train.load_run(folder)[0]), tokenizer_of(folder))),
+    "bare .tiktoken": ("corpus", lambda path: any_tokenizer(data.encoding("x", data.read_ranks(path)))),
+    "bare tokenizer.json": ("json", lambda path: any_tokenizer(data.JsonTokenizer(path))),
+    "config.toml": ("run0", lambda path: cli.read_toml(path, train.TrainConfig)),
+    "text": ("run0", lambda path: data.read_text(path)),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_damaged_files(kind, stock, corpus, tmp_path, many, monkeypatch):
+    """Each is read right, or refused in one line, or something else stands in; never read wrong."""
+    if "tokenizer.json" in kind:
+        pytest.importorskip("tokenizers")
+    if READERS[kind][0].startswith("hf"):
+        pytest.importorskip("safetensors")
+    name = {"bare .tiktoken": "tokenizer.tiktoken"}.get(kind, kind.split()[-1])
+    source, read = READERS[kind]
+    folder = tmp_path / "folder"
+    shutil.copytree(corpus if source == "corpus" else stock / source, folder)
+    path = folder / name
+    if kind in ("config.toml", "text"):
+        path.write_text('# größe\nn_layer = 4\nlearning_rate = 0.003\nplan = "keep:0,2"\nqk_norm = true\n')
+    if kind == "ckpt.pt":
+        (folder / "best.pt").unlink()
+    if kind == "best.pt":
+        (folder / "ckpt.pt").unlink()
+    alone = kind in ("bare .tiktoken", "bare tokenizer.json", "config.toml", "text")
+    where = path if alone else folder
+    raw, reference = path.read_bytes(), read(where)
+    pairs = {"run0": "run1", "fused0": "fused1", "hf0": "hf1", "corpus": "other", "json": "corpus"}
+    twin = stock / pairs[source] if source != "json" else corpus
+    kept = [p for p in (twin / name, stock / "fused0" / name) if p.exists()]
+    others = [p.read_bytes() for p in (*kept, stock / "run0" / "ckpt.pt", stock / "hf0" / "config.json")]
+    rng = random.Random(kind)
+    for _ in range(many(12, 200)):
+        bad = damaged(rng, raw, others)
+        path.write_bytes(bad)
+        try:
+            result = read(where)
+        except (UserError, PlanError) as e:
+            assert one_line(e), str(e)
+            came(f"damaged {kind}", "refused")
+            continue
+        if kind == "config.toml":
+            assert result == {k: v for k, v in tomllib.loads(bad.decode()).items()}
+        elif kind == "text":
+            assert result == bad.decode()
+        else:
+            assert result == reference
+        came(f"damaged {kind}", "read right")
+
+
+def test_damaged_logs(interrupted, script, many):
+    """A run resumes from its checkpoint whatever became of its log; whole lines are kept."""
+    _, out = interrupted
+    raw, rng = (out / "log.jsonl").read_bytes(), random.Random(0)
+    for _ in range(many(12, 200)):
+        bad = damaged(rng, raw, [raw[:50], (out / "ckpt.pt").read_bytes()])
+        (out / "log.jsonl").write_bytes(bad)
+        train.Log(out / "log.jsonl", 6)
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        assert all(row["step"] <= 6 for row in rows)
+        kept = set(raw.splitlines()) & set(bad.split(b"\n"))
+        assert kept <= {json.dumps(row).encode() for row in rows}
+        came("damaged log.jsonl", "whole lines kept")
+
+
+# --- hostile files ----------------------------------------------------------------------------------------
+
+
+class Exploit:
+    def __reduce__(self):
+        return os.system, (f"touch {os.environ['NANOKV_EXPLOITED']}",)
+
+
+def test_hostile_checkpoints(stock, corpus, tmp_path, script, refused, monkeypatch):
+    """Made with malice and right checksums: no code runs, memory stays, nothing is written elsewhere."""
+    monkeypatch.setenv("NANOKV_EXPLOITED", str(tmp_path / "exploited"))
+    good = torch.load(stock / "run0" / "ckpt.pt", weights_only=True)
+    out = tmp_path / "run"
+    out.mkdir()
+    huge = torch.zeros(1).expand(1 << 30, 1 << 30)
+    state = good["optimizer"]["state"]
+
+    def shape(**sizes):
+        return {"model_config": good["model_config"] | sizes}
+
+    attacks = [
+        {"code": Exploit()}, {"model": None}, {"model": {}}, {"config": [1]}, {"config": {1: 2}},
+        {"step": -1}, {"step": "4"}, {"step": 1.5}, {"time": "x"}, {"optimizer": {}}, {"plans": 3},
+        {"optimizer": {"state": {0: huge}, "param_groups": []}}, {"optimizer": {"state": []}},
+        {"optimizer": {"state": {i: s | {"exp_avg": huge} for i, s in state.items()}}},
+        {"optimizer": {"state": {i: {"step": s["step"]} for i, s in state.items()}}},
+        {"model": good["model"] | {"embed.weight": huge, "lm_head.weight": huge}},
+        {"model": {k: "x" for k in good["model"]}}, {"corpus": "0" * 64},
+        shape(n_layer=10**9), shape(n_embd=1 << 30), shape(vocab_size=1 << 30), shape(block_size=1 << 40),
+        shape(block_size=-1), shape(head_dim=1 << 20), shape(n_hidden=1 << 30), shape(n_head=0),
+        shape(plan="x"), shape(plan="keep:0"), shape(n_layer=3), shape(n_layer="2"),
+        shape(rope_scaling={"factor": "x"}), shape(unknown=1), shape(plan="a\nb"),
+        shape(rope_theta=True), shape(vocab_size=1 << 24),
+        {"config": good["config"] | {"n_layer": 10**9}}, {"config": good["config"] | {"dataset": "\0"}},
+        {"config": good["config"] | {"batch_size": 0}}, {"config": good["config"] | {"dataset": "../../x"}},
+    ]  # fmt: skip
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB
+    for attack in attacks:
+        torch.save(good | attack, out / "ckpt.pt")
+        refused("train.py", f"--out_dir={out}", "--init_from=resume", "--max_iters=4")
+        came("hostile checkpoint", "refused")
+    assert not (tmp_path / "exploited").exists()
+    with zipfile.ZipFile(out / "ckpt.pt", "w", zipfile.ZIP_DEFLATED) as bomb:  # 128 MB in 128 kB
+        with bomb.open("a/data.pkl", "w", force_zip64=True) as file:
+            for _ in range(8):
+                file.write(bytes(1 << 24))
+    assert "lies about sizes" in refused("train.py", f"--out_dir={out}", "--init_from=resume")
+    (out / "ckpt.pt").write_bytes(pickle.dumps(Exploit()))
+    refused("train.py", f"--out_dir={out}", "--init_from=resume")
+    assert not (tmp_path / "exploited").exists()
+    else_dir = str(tmp_path / "elsewhere")
+    elsewhere = {"out_dir": else_dir, "data_dir": else_dir, "dataset": "python"}
+    torch.save(good | {"config": good["config"] | elsewhere}, out / "ckpt.pt")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(out, tmp_path / "out" / "run")
+    assert "no tokenized corpus" in refused("train.py", "--init_from=resume", "--max_iters=4")
+    torch.save(good | {"config": good["config"] | {"out_dir": else_dir}}, "out/run/ckpt.pt")
+    assert script("train.py", "--init_from=resume", "--max_iters=4")[0] == 0
+    assert not (tmp_path / "elsewhere").exists() and (tmp_path / "out" / "run" / "log.jsonl").exists()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < used + 300_000
+    FAULTS["hostile checkpoint"].update({"refused": 3, "resumed in its own folder": 1})
+
+
+NEST = "[" * 200_000
+
+
+def test_hostile_text_files(stock, corpus, tmp_path, script, refused):
+    folder = tmp_path / "data" / "own"
+    shutil.copytree(corpus, folder)
+    meta = {k: v for k, v in data.read_meta(folder).items() if k != "checksum"}
+    (folder / "meta.json").write_text(json.dumps(meta))  # older ones have no checksum
+    train_flags = flags(folder, tmp_path / "run", max_iters=0)
+    assert script("train.py", *train_flags)[0] == 0
+    shutil.rmtree(tmp_path / "run")
+
+    def refuse(path: Path, text: str, *args):
+        path.write_text(text)
+        refused(*args)
+        came(f"hostile {path.suffix}", "refused")
+
+    for text in (NEST, "[]", "{}", "3", "null", '{"tokenizer": 3}', '{"tokenizer": "bytes"}', "{{{", ""):
+        refuse(folder / "meta.json", text, "train.py", *train_flags)
+    one = meta["train"]
+    for change in (
+        {"dtype": "object"}, {"dtype": "float64"}, {"dtype": ["<u2"]}, {"vocab_size": 10**12}, {"train": [1]},
+        {"vocab_size": "512"}, {"vocab_size": 0}, {"vocab_size": 2}, {"train": one | {"tokens": 10**15}},
+        {"train": one | {"bytes": -1}}, {"train": one | {"bytes": 0}}, {"train": one | {"sha256": None}},
+        {"train": one | {"tokens": "9"}}, {"val": {}}, {"checksum": "0"}, {"train": one | {"tokens": 0}},
+    ):  # fmt: skip
+        refuse(folder / "meta.json", json.dumps(meta | change), "train.py", *train_flags)
+    many_digits = "1" + "0" * 400
+    for text in (
+        NEST, f"a = {NEST}", "seed = 99999999999999999999", "seed = -1", "n_layer = true", "plan = 3",
+        'out_dir = "a\\u0000b"', 'dataset = "a\\nb"', "learning_rate = inf", "learning_rate = nan",
+        "beta2 = 1.0", f"n_layer = {many_digits}", f"learning_rate = {many_digits}", "[n_layer]\nx = 1",
+    ):  # fmt: skip
+        refuse(tmp_path / "x.toml", text, "train.py", tmp_path / "x.toml")
+    out = tmp_path / "searched"
+    shutil.copytree(stock / "run0", out)
+    sample = ("sample.py", "--out_dir", out, "--plan", "auto:0.6", "--max_new_tokens", 2, "--device", "cpu")
+    row = {"plan": "keep:0", "cache_ratio": 0.5, "calibration_loss": 1.0}
+    (out / "search.jsonl").write_text(json.dumps(row))
+    assert script(*sample)[0] == 0
+    changes = (
+        {"plan": "nope"},
+        {"cache_ratio": None},
+        {"calibration_loss": {}},
+        {"plan": 3},
+        {"checksum": 1},
+    )
+    for text in ("", "\n", NEST, "3", "[]", "{}", "{", *(json.dumps(row | change) for change in changes)):
+        refuse(out / "search.jsonl", text, *sample)
+
+
+def test_hostile_folders(stock, tmp_path):
+    pytest.importorskip("safetensors")
+    folder = tmp_path / "hf"
+    shutil.copytree(stock / "hf0", folder)
+    own = {"plan": hf.load_hf(folder).config.plan}
+    (folder / "nanokv.json").write_text(json.dumps(own))  # without checksums
+    hf.load_hf(folder)
+    good = json.loads((folder / "config.json").read_text())
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 16
+    for change in (
+        {"hidden_size": 1 << 30}, {"vocab_size": 1 << 24}, {"num_hidden_layers": 10**9}, {"head_dim": True},
+        {"max_position_embeddings": 1 << 40}, {"max_position_embeddings": -1}, {"hidden_size": "16"},
+        {"num_attention_heads": 0}, {"rms_norm_eps": "x"}, {"rms_norm_eps": -1.0}, {"rope_parameters": [1]},
+        {"rope_parameters": {"rope_theta": "x"}}, {"rope_parameters": rope | {"factor": 0}},
+        {"rope_parameters": rope | {"low_freq_factor": 4.0}}, {"tie_word_embeddings": 3},
+        {"head_dim": 1 << 20}, {"model_type": "mistral", "sliding_window": "x"}, {"model_type": ["llama"]},
+        {"intermediate_size": 3},
+    ):  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(good | change))
+        with pytest.raises((UserError, PlanError)) as e:
+            hf.load_hf(folder)
+        assert one_line(e.value)
+        came("hostile folder", "refused")
+    (folder / "config.json").write_text(json.dumps(good))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < used + 300_000
+    maps = (3, {"a": 3}, {"a": ".."}, {"a": "../hf/model.safetensors"}, {"a": "/etc/passwd"})
+    for text in ("[]", "{}", NEST, *(json.dumps({"weight_map": x}) for x in maps)):
+        (folder / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(UserError) as e:
+            hf.load_hf(folder)
+        assert one_line(e.value)
+        came("hostile index", "refused")
+
+
+# --- plans and flags --------------------------------------------------------------------------------------
+
+
+def random_plan(rng: random.Random) -> str:
+    def number() -> str:
+        return str(rng.choice([0, 1, 2, 3, 7, 8, -1, 99, 10**12, "", "x", "\uff10", "1e3", " 2"]))
+
+    def entry() -> str:
+        return rng.choice([number(), f"k{number()}v{number()}+{number()}", "kv"])
+
+    def likely(i: int) -> str:
+        return rng.choice([str(i), f"k{i}v{rng.randint(0, 7)}", f"k0v{i}+{i // 2}"])
+
+    names = (
+        "full keep cla yoco pizza-top sandwich-bottom lasagna-middle fusedkv fusedkv-lite pizza- KEEP auto"
+    )
+    entries = [entry() for _ in range(rng.randint(0, 9))]
+    letters = [chr(rng.choice([rng.randint(0, 127), rng.randint(0, 0x10FFFF)])) for _ in range(9)]
+    spec = rng.choice([
+        rng.choice(names.split()) + rng.choice(["", ":"]) + rng.choice([",", "_", ":"]).join(entries),
+        rng.choice(names.split()) + rng.choice(["", f":{rng.randint(0, 9)}", f":0,{rng.randint(1, 9)}"]),
+        "_".join(str(rng.randint(0, 7)) for _ in range(8)),
+        "_".join(map(likely, range(8))),
+        "_".join(entries),
+        "".join(letters[: rng.randint(0, 9)]),
+    ])  # fmt: skip
+    i = rng.randrange(len(spec) + 1)
+    return spec[:i] + rng.choice("kv+_:,0 9\n") + spec[i + 1 :] if rng.random() < 0.2 else spec
+
+
+def test_random_plans():
+    rng = random.Random(0)
+    for _ in range(2000):
+        spec, n_layer = random_plan(rng), rng.choice([1, 2, 3, 8, 8, 8])
+        try:
+            plan = Plan.parse(spec, n_layer)
+        except PlanError as e:
+            assert one_line(e), str(e)
+            came("random plan", "refused")
+            continue
+        assert len(plan) == n_layer and Plan.parse(plan.spec, n_layer) == plan
+        assert all(0 <= j < n_layer for r in plan.routes for j in r.k + r.v) and 0 < plan.cache_ratio <= 1
+        came("random plan", "a plan that parses back")
+
+
+NASTY = ["", " 3", "a\nb", "9" * 20, "9" * 400, *"0 -1 1 2 nan inf 1e400 1e-320 abc 1.5 true ../../x".split()]
+NASTY += "k0v 0x10 resume - = \u00fc \U0001f4a5 cla:2 full hf:x bytes".split()
+TAME = {  # flag -> valid values, where 1, 2 and 4 are not
+    "plan": ["full", "cla:2"], "plans": ["full", "keep:0"], "dtype": ["float32"], "device": ["cpu"],
+    "init_from": ["scratch"], "dataset": ["own"], "n_embd": ["32"], "head_dim": ["0", "8"], "beta1": ["0.5"],
+    "beta2": ["0.9"], "router_p": ["0.5"], "tie_embeddings": ["false"], "qk_norm": ["true"], "name": ["a"],
+    "router_above": ["true"], "split": ["train"], "tokenizer": ["bytes"], "start": ["def"],
+}  # fmt: skip
+
+
+def test_random_flags(stock, corpus, tmp_path, script, many, monkeypatch):
+    """Every script with random flags does its work or prints one line."""
+    rng, run = random.Random(0), stock / "run0"
+    monkeypatch.chdir(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("some text\n" * 300)
+    base = {
+        "train.py": [f for f in flags(corpus, tmp_path / "run", max_iters=1)],
+        "sample.py": ["--out_dir", run, "--max_new_tokens", "2", "--device", "cpu"],
+        "sweep.py": ["--out_dir", run, "--windows", "2", "--save_dir", tmp_path / "sweep"],
+        "data.py": ["--input", text, "--name", "x", "--tokenizer", "bytes"],
+        "kv_router.py": ["cla:2"],
+        "hf.py": [run, tmp_path / "hf"],
+        "experiments.py": ["framework", "--max_iters", "1"],
+    }
+    names = {
+        "train.py": [f.name for f in train.fields(train.TrainConfig) if f.name != "compile"],
+        "sample.py": "plan start num_samples max_new_tokens temperature top_k seed dtype device".split(),
+        "sweep.py": ["plans", "windows", "batch_size", "device", "data_dir", "nope"],
+        "data.py": ["dataset", "input", "name", "tokenizer", "data_dir", "split"],
+        "kv_router.py": "n_layer n_head n_embd head_dim context batch bytes vocab_size".split(),
+        "hf.py": ["nope"],
+        "experiments.py": ["seeds"],  # more would start a training
+    }  # fmt: skip
+    monkeypatch.setattr(data, "python_corpus", lambda: pytest.fail("no flag here asks for that"))
+    for _ in range(many(60, 600)):
+        name = rng.choice([*base, "train.py", "sample.py"])
+        args = list(base[name])
+        for flag in rng.sample(names[name], min(len(names[name]), rng.randint(1, 3))):
+            value = rng.choice(NASTY if rng.random() < 0.4 else TAME.get(flag, ["1", "2", "4"]))
+            args.append(f"--{flag}={value}")
+        status, _, err = script(name, *args)
+        lines = [line for line in err.splitlines() if not re.match(r"\r?(scoring|tokenizing|learning)", line)]
+        good = status == 0 or (status == 2 and len(lines) == 1 and "error: " in lines[0])
+        assert good, (name, args, status, err)
+        came(f"random flags of {name}", "refused" if status else "work")
+        for folder in (tmp_path / "run", tmp_path / "hf"):
+            shutil.rmtree(folder, ignore_errors=True)
+    assert not (tmp_path.parent / "x").exists() and not (tmp_path.parent.parent / "x").exists()
+
+
+# --- smaller mistakes -------------------------------------------------------------------------------------
+
+
+def test_seeds_beyond_the_generators(corpus, tmp_path, refused, stock):
+    assert "--seed 18446744073709551616 is not valid" in refused(
+        "train.py", *flags(corpus, tmp_path, seed=1 << 64)
+    )
+    sample = ("sample.py", "--out_dir", stock / "run0", "--max_new_tokens", 2)
+    assert "--seed" in refused(*sample, "--seed", 1 << 64)
+    FAULTS.setdefault("seed too large", Counter())["refused"] += 2
+
+
+def test_token_ids_that_the_tokenizer_lacks(stock, script, monkeypatch):
+    """A model may have more tokens than its tokenizer."""
+    monkeypatch.setattr(
+        train.GPT, "stream", lambda *a, **k: iter(torch.tensor([[i]]) for i in (65, 511, 600))
+    )
+    status, text, _ = script(
+        "sample.py", "--out_dir", stock / "run0", "--max_new_tokens", 3, "--device", "cpu"
+    )
+    assert status == 0 and "A" in text and "\ufffd" in text
+    came("token without bytes", "marked")
+
+
+def test_fine_tuning_takes_only_the_folders_own_tokens(stock, corpus, tmp_path, script, refused):
+    pytest.importorskip("safetensors")
+    folder = tmp_path / "folder"
+    assert script("hf.py", stock / "run0", folder)[0] == 0
+    init = {"init_from": f"hf:{folder}", "max_iters": 1}
+    given = [f for f in flags(corpus, tmp_path / "a", **init) if not re.match("--n_", f)]
+    assert script("train.py", *given)[0] == 0
+    given = [f for f in flags(stock / "other", tmp_path / "b", **init) if not re.match("--n_", f)]
+    assert "was not tokenized with" in refused("train.py", *given)
+    came("corpus of another tokenizer", "refused")
+
+
+def test_cyclic_passes_come_back_from_a_folder(corpus, tmp_path, script):
+    pytest.importorskip("safetensors")
+    passes = {"plan": "1_1", "forward_passes": 3, "backward_passes": 1, "max_iters": 1}
+    script("train.py", *flags(corpus, tmp_path / "run", **passes))
+    script("hf.py", tmp_path / "run", tmp_path / "folder")
+    c = hf.load_hf(tmp_path / "folder").config
+    assert (c.plan, c.forward_passes, c.backward_passes) == ("1_1", 3, 1)
+
+
+def test_one_digit_of_a_sealed_file(corpus, stock, tmp_path):
+    folder = tmp_path / "own"
+    shutil.copytree(corpus, folder)
+    for name in ("tokens", "bytes"):
+        text = (corpus / "meta.json").read_text()
+        count = data.read_meta(corpus)["train"][name]
+        (folder / "meta.json").write_text(text.replace(str(count), str(count + 1)))
+        with pytest.raises(UserError, match="checksum does not match"):
+            data.read_meta(folder)
+        came("one digit of meta.json", "refused")
+    raw = (stock / "run0" / "search.jsonl").read_text()
+    loss = json.loads(raw.splitlines()[-1])["calibration_loss"]
+    for bad in (raw.replace(str(loss), str(loss - 1)), "".join(raw.splitlines(keepends=True)[:-1])):
+        (tmp_path / "search.jsonl").write_text(bad)
+        with pytest.raises(UserError, match="rows are missing or changed"):
+            sweep.auto_plan("auto:0.6", str(tmp_path))
+        came("one digit or row of search.jsonl", "refused")
