@@ -62,7 +62,8 @@ def run(main: Callable[[], None]):
         sys.stdout.reconfigure(errors="replace")
 
     def fail(message: str):
-        print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks meet the same mistake
+            print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up as Ctrl-C does

@@ -116,11 +116,55 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return (y if bias is None else y + bias).type_as(x)
 
 
-def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Loss of every position, in nats: x (B, T, C) hidden states, weight (vocab, C) of the output layer,
-    targets (B, T) token ids. Returns (B, T) float32."""
+LOGITS = 1 << 24  # of these, as many rows as fit are computed at once: they never all exist
+
+
+def loss_chunk(x: Tensor, weight: Tensor, targets: Tensor, scale: float | None):
+    """Losses in nats, (N,), of x (N, C) before the output layer `weight` (vocab, C), and, given `scale`, the
+    gradients of scale times their sum: for x, (N, C), and for weight, (vocab, C)."""
     logits = F.linear(x, weight).float()
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    log_z = logits.logsumexp(-1, keepdim=True)
+    losses = (log_z - logits.gather(-1, targets[:, None]))[:, 0]
+    if scale is None:
+        return losses, None, None
+    d = logits.sub_(log_z).exp_()  # probabilities; minus one at the target, the gradient for the logits
+    d = d.scatter_add_(-1, targets[:, None], d.new_full((len(d), 1), -1.0)).mul_(scale).type_as(x)
+    return losses, d @ weight, d.mT @ x
+
+
+class MeanCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy by chunks. Gradients are computed with each chunk, where its logits are at hand: the
+    same products that backward would need, and none twice."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, chunk):
+        dx, dw, total = torch.empty_like(x), torch.zeros_like(weight), 0.0
+        rows = max(1, LOGITS // weight.size(0))
+        for part in range(0, len(x), rows):
+            here = slice(part, part + rows)
+            losses, dx[here], d = chunk(x[here], weight, targets[here], 1 / len(x))
+            dw += d
+            total = total + losses.sum()
+        ctx.save_for_backward(dx, dw)
+        return total / len(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        dx, dw = ctx.saved_tensors
+        return dx * grad, dw * grad, None, None
+
+
+def mean_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk=loss_chunk) -> Tensor:
+    """Mean loss in nats, differentiable: x (B, T, C) hidden states, weight (vocab, C) of the output layer,
+    targets (B, T) token ids. Never holds the (B, T, vocab) logits."""
+    return MeanCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), chunk)
+
+
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk=loss_chunk) -> Tensor:
+    """Loss of every position in nats, (B, T) float32, from the same arguments."""
+    rows = max(1, LOGITS // weight.size(0))
+    parts = zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows))
+    return torch.cat([chunk(a, weight, b, None)[0] for a, b in parts]).view_as(targets)
 
 
 def compile_model(model: torch.nn.Module) -> None:
@@ -129,7 +173,7 @@ def compile_model(model: torch.nn.Module) -> None:
     torch._dynamo.config.recompile_limit = 32  # variants: own KV or not, fused or not, strict, with gradients
     for block in model.blocks:
         block.kv, block.forward = torch.compile(block.kv), torch.compile(block.forward)
-    model.head_losses = torch.compile(model.head_losses)
+    model.loss_chunk = torch.compile(model.loss_chunk)
 
 
 def compile_decode(model: torch.nn.Module) -> None:

@@ -217,7 +217,10 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.embed.weight
         self._set_rope()
-        self.compiled = False  # see kernels.compile_decode
+        self.compiled, self.loss_chunk = (
+            False,
+            kernels.loss_chunk,
+        )  # see kernels.compile_decode, compile_model
 
     def _set_rope(self):
         c = self.config
@@ -385,7 +388,8 @@ class GPT(nn.Module):
         if cache is not None and (targets is not None or plan != cache.plan):
             raise ValueError(f"this cache is for generation under plan {cache.plan.spec!r}; make another")
         if targets is not None:
-            return None, self.losses(idx, targets, plan).mean()
+            x = self.norm(self.hidden(idx, plan))
+            return None, kernels.mean_cross_entropy(x, self.lm_head.weight, targets, self.loss_chunk)
         if cache is not None:
             self._check_fits(idx.size(1), cache)
             if idx.size(1) > 1:
@@ -400,10 +404,8 @@ class GPT(nn.Module):
 
     def losses(self, idx: Tensor, targets: Tensor, plan: Plan | str | None = None) -> Tensor:
         """Loss of every position, (B, T), in nats."""
-        return self.head_losses(self.hidden(idx, self.resolve(plan)), targets)
-
-    def head_losses(self, x: Tensor, targets: Tensor) -> Tensor:
-        return kernels.cross_entropy(self.norm(x), self.lm_head.weight, targets)
+        x = self.norm(self.hidden(idx, self.resolve(plan)))
+        return kernels.cross_entropy(x, self.lm_head.weight, targets, self.loss_chunk)
 
     def logits(self, idx: Tensor, plan: Plan | str | None = None, passes: int | None = None) -> Tensor:
         """Logits of every position, (B, T, vocab), without a cache. A cyclic plan iterates `passes` times, by

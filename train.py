@@ -18,13 +18,17 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import data
 import hf
@@ -71,7 +75,8 @@ class TrainConfig:
     tie_embeddings: bool = setting(True, "input and output embeddings are one matrix")
     qk_norm: bool = setting(False, "RMSNorm on queries and keys")
     # optimization
-    batch_size: int = setting(16, "sequences per micro-step")
+    optimizer: str = setting("adamw", "of the layers' matrices; the rest has AdamW", ("adamw", "muon"))
+    batch_size: int = setting(16, "sequences per micro-step, on all devices together")
     gradient_accumulation_steps: int = setting(1, "micro-steps per step")
     max_iters: int = setting(600, "steps; 0 only evaluates and saves")
     learning_rate: float = setting(3e-3, "peak learning rate")
@@ -93,12 +98,13 @@ class TrainConfig:
         "auto", "of matrix products; auto: bfloat16 where it is fast", ("auto", "float32", "bfloat16")
     )
     compile: bool = setting(False, "torch.compile the layers: pays on a GPU, or for long runs")
+    shard: bool = setting(False, "under torchrun: split weights and moments over the devices (FSDP2)")
 
 
 # What a resumed run may change; everything else must be as in the checkpoint.
 FREE_ON_RESUME = {
     *("out_dir", "init_from", "data_dir", "max_iters", "eval_interval", "log_interval"),
-    *("sample_interval", "device", "dtype", "compile"),
+    *("sample_interval", "device", "dtype", "compile", "shard"),
 }
 
 
@@ -210,8 +216,76 @@ def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     return (torch.bfloat16, f"{what} has it") if fast else (torch.float32, f"{what} has no fast bfloat16")
 
 
-def autocast(device: str, dtype: torch.dtype):
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.split(":")[0], dtype)
+def matmul_peak(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product on this device, the best of five: what a training step could reach."""
+    n, best = 8192 if device.startswith("cuda") else 1024, math.inf
+    x = torch.randn(n, n, device=device, dtype=dtype)
+    for _ in range(6 if device != "cpu" or dtype == torch.float32 else 2):
+        began = time.perf_counter()
+        x[0, 0] = (x @ x)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
+
+
+def autocast(device: str | torch.device, dtype: torch.dtype):
+    return nullcontext() if dtype == torch.float32 else torch.autocast(str(device).split(":")[0], dtype)
+
+
+# --- several devices: torchrun sets these ------------------------------------------------------------------
+
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_ranks(device: str) -> str:
+    """Meet the other ranks, each with its share of every batch; returns this rank's own device."""
+    if RANKS == 1:
+        return device
+    if device.startswith("cuda"):
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return device
+
+
+def over_ranks(x: Tensor, op: str = "mean") -> Tensor:
+    """The mean, or another reduction, of all ranks' x."""
+    if RANKS > 1:
+        dist.all_reduce(x, dist.ReduceOp.SUM if op == "mean" else getattr(dist.ReduceOp, op))
+    return x / RANKS if op == "mean" else x
+
+
+def on_device(x: Tensor, device: str) -> Tensor:
+    """A copy there; on a GPU it is made while the GPU still computes, from memory that cannot be swapped."""
+    return x.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else x.to(device)
+
+
+def average_gradients(params: Iterable[Tensor]) -> None:
+    """Data parallelism. Routing leaves other layers' K and V unread, and without gradients, at every step;
+    but all ranks draw the same plan, so what is there is there on all of them."""
+    grads = [p.grad for p in params if p.grad is not None]
+    for work in [dist.all_reduce(g, async_op=True) for g in grads]:
+        work.wait()
+    for g in grads:
+        g /= RANKS
+
+
+def shard(model: GPT) -> None:
+    """FSDP2: every rank keeps its part of each weight, gradient and moment, and gathers a layer's weights
+    while that layer runs."""
+    for block in model.blocks:
+        fully_shard(block)
+        register_fsdp_forward_method(block, "kv")  # a layer runs in two steps
+    fully_shard(model)
+    register_fsdp_forward_method(model, "losses")
+
+
+def gathered(tree):
+    """A state_dict with whole tensors in place of parts; every rank must call it."""
+    if isinstance(tree, DTensor):
+        return tree.full_tensor().cpu()
+    if isinstance(tree, dict):
+        return {key: gathered(value) for key, value in tree.items()}
+    return [gathered(value) for value in tree] if isinstance(tree, list) else tree
 
 
 # --- evaluation -------------------------------------------------------------------------------------------
@@ -253,12 +327,57 @@ def learning_rate(step: int, c: TrainConfig) -> float:
     return c.min_lr + 0.5 * (1 + math.cos(math.pi * min(done, 1))) * (c.learning_rate - c.min_lr)
 
 
+class Muon(torch.optim.AdamW):
+    """Muon (Jordan, 2024) for parameter groups with `muon`, AdamW for the others: a matrix moves along its
+    momentum made orthogonal, scaled to the size of AdamW's steps (arXiv 2502.16982), so that both can share a
+    learning rate. torch.optim.Muon always computes in bfloat16, which most CPUs only emulate."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}  # matrices of one shape are made orthogonal together
+            for p in group["params"] if group["muon"] else ():
+                if p.grad is not None:
+                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    momentum.lerp_(p.grad, 0.05)
+                    by_shape.setdefault(p.shape, []).append((p, p.grad.lerp(momentum, 0.95)))  # Nesterov
+                    p.grad = None  # AdamW passes it by
+            for shape, pairs in by_shape.items():
+                whole = [m.full_tensor() if isinstance(m, DTensor) else m for _, m in pairs]
+                for (p, _), update in zip(pairs, orthogonal(torch.stack(whole))):
+                    if isinstance(p, DTensor):
+                        update = distribute_tensor(update, p.device_mesh, p.placements)
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
+        super().step()
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """Of each matrix (n, a, b) = U S V^T about U V^T, by five steps of a Newton-Schulz iteration."""
+    if x.size(1) > x.size(2):
+        return orthogonal(x.mT).mT
+    dtype, x = x.dtype, x.bfloat16() if x.is_cuda else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+    return x.to(dtype)
+
+
 def make_optimizer(model: GPT, c: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay for the matrices, none for norms, biases and fusion gates."""
-    matrices = [p for p in model.parameters() if p.dim() == 2]
+    """AdamW, or Muon for the matrices of the layers; weight decay for matrices, none for norms, biases and
+    fusion gates."""
+    layers = {p for p in model.blocks.parameters() if p.dim() == 2}
+    tables = [p for p in model.parameters() if p.dim() == 2 and p not in layers]
     others = [p for p in model.parameters() if p.dim() != 2]
-    groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=True)
+    layers = [p for p in model.parameters() if p in layers]
+    groups = [
+        {"params": layers, "weight_decay": c.weight_decay, "muon": c.optimizer == "muon"},
+        {"params": tables, "weight_decay": c.weight_decay, "muon": False},
+        {"params": others, "weight_decay": 0.0, "muon": False},
+    ]
+    kind = Muon if c.optimizer == "muon" else torch.optim.AdamW
+    return kind(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=True)
 
 
 VALID = {  # settings: the smallest value, and the first that is too large
@@ -316,8 +435,12 @@ def settings() -> tuple[TrainConfig, Path, dict | None]:
         raise UserError(
             "--router_p trains one model for all plans and --plan one for a single plan; give one of them"
         )
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("training runs on one device so far; start it without torchrun")
+    if c.batch_size % RANKS:
+        raise UserError(f"--batch_size {c.batch_size} cannot be divided among {RANKS} ranks; give a multiple")
+    if c.shard and RANKS == 1:
+        raise UserError(
+            "--shard splits a model over several devices; start it with torchrun, or leave it out"
+        )
     return c, path, checkpoint
 
 
@@ -350,13 +473,22 @@ def pretrained(c: TrainConfig, train: data.Tokens) -> GPT:
 
 def restore(optimizer: torch.optim.Optimizer, checkpoint: dict, path: Path) -> None:
     """Load the optimizer's moments; its settings are those of the run, whatever the file says."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    wanted = {i: {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for i, p in enumerate(params)}
-    try:
-        state = checkpoint["optimizer"]["state"]
-        found = {i: {name: t.shape for name, t in moments.items()} for i, moments in state.items()}
-        if found != (wanted if checkpoint["step"] else {}):
+    params = [(p, group["muon"]) for group in optimizer.param_groups for p in group["params"]]
+
+    def of(i: int, moments: dict) -> dict:
+        p, muon = params[i]
+        wanted = {"momentum": p.shape} if muon else {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+        if {name: t.shape for name, t in moments.items()} != wanted:
             raise ValueError("its moments are not those of these weights")
+        if not isinstance(p, DTensor):
+            return moments
+        parts = {n: distribute_tensor(t, p.device_mesh, p.placements) for n, t in moments.items() if t.dim()}
+        return moments | parts
+
+    try:
+        state = {i: of(i, moments) for i, moments in checkpoint["optimizer"]["state"].items()}
+        if bool(state) != bool(checkpoint["step"]):
+            raise ValueError("it has no moments")
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     except Exception as e:  # whatever a file can hold in place of tensors
@@ -408,18 +540,22 @@ def claim(path: Path):
 
 
 def main():
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
     c, path, checkpoint = settings()
-    device = pick_device(c.device)
+    device = join_ranks(pick_device(c.device))
     dtype, reason = pick_dtype(c.dtype, device)
     router = StochasticRouter(c.n_layer, c.router_p, c.seed, c.router_above) if c.router_p else None
-    config = model_config(c, vocab_size=1)  # a mistake shows before a corpus is made
-    n_params = costs(Plan.parse(c.plan, c.n_layer), config).params
-    if 16 * n_params > (memory := device_memory(device)):  # weights, gradients, two moments
+    n_params = costs(Plan.parse(c.plan, c.n_layer), model_config(c, 1)).params  # shows mistakes early
+    memory = device_memory(device) * (RANKS if c.shard else 1)
+    if 16 * n_params > memory:  # weights, gradients, two moments
         need = f"{human(n_params)} parameters need {human(16 * n_params, 'B')} to train"
         raise UserError(f"{need} and {device} has {human(memory, 'B')}; lower --n_layer or --n_embd")
     folder = Path(c.data_dir) / c.dataset
     if not folder.exists() and not checkpoint:  # a path in a checkpoint is not one to write to
-        data.prepare_dataset(c.dataset, folder)
+        if RANK == 0:
+            data.prepare_dataset(c.dataset, folder)
+        over_ranks(torch.zeros(1, device=device))  # wait for it
     train, val = (data.Tokens(folder, split, c.block_size) for split in ("train", "val"))
     corpus = train.meta["train"]["sha256"]
 
@@ -443,32 +579,40 @@ def main():
             )
             return
     model.to(device)
+    n_params = sum(p.numel() for p in model.parameters())
+    if c.compile:
+        kernels.compile_model(model)
+    if c.shard:
+        shard(model)
     optimizer = make_optimizer(model, c)
     if checkpoint:
         restore(optimizer, checkpoint, path)
-    if c.compile:
-        kernels.compile_model(model)
 
-    out = Path(c.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    run_file = claim(out / "run.json")
-    if not checkpoint and any(out.glob("*.pt")):
-        raise UserError(f"another run has just filled {out}; choose another --out_dir")
-    for name in ("meta.json", "tokenizer.tiktoken", "tokenizer.json"):  # to be sampled without its corpus
-        if (folder / name).exists():
-            replace_file(out / name, (folder / name).read_bytes())
-    replace_file(out / "config.json", (json.dumps(asdict(c), indent=1) + "\n").encode())
+    out = Path(c.out_dir) if RANK == 0 else Path(os.devnull)
     device_name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-    n_params = sum(p.numel() for p in model.parameters())
+    tokens_per_step = c.batch_size * c.gradient_accumulation_steps * c.block_size
+    peak, sequence_flops = (
+        matmul_peak(device, dtype),
+        costs(model.plan, model.config, c.block_size).train_flops,
+    )
     info = {
         "command": shlex.join(sys.argv), "commit": git_commit(), "python": platform.python_version(),
         "torch": torch.__version__, "device": device_name, "threads": torch.get_num_threads(),
         "dtype": str(dtype), "parameters": n_params, "plan": model.plan.spec, "corpus": corpus,
+        "ranks": RANKS, "matmul_flops_per_s": peak,
     }  # fmt: skip
-    run_file.truncate(0)
-    run_file.write(json.dumps(info, indent=1) + "\n")
-    run_file.flush()
-    tokens_per_step = c.batch_size * c.gradient_accumulation_steps * c.block_size
+    if RANK == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        run_file = claim(out / "run.json")
+        if not checkpoint and any(out.glob("*.pt")):
+            raise UserError(f"another run has just filled {out}; choose another --out_dir")
+        for name in ("meta.json", "tokenizer.tiktoken", "tokenizer.json"):  # to be sampled without its corpus
+            if (folder / name).exists():
+                replace_file(out / name, (folder / name).read_bytes())
+        replace_file(out / "config.json", (json.dumps(asdict(c), indent=1) + "\n").encode())
+        run_file.truncate(0)
+        run_file.write(json.dumps(info, indent=1) + "\n")
+        run_file.flush()
     how = f"stochastic routing, p = {c.router_p}" if router else f"plan {c.plan}"
     print(f"{c.out_dir}: {n_params:,} parameters, {how}, {c.max_iters} steps of {tokens_per_step:,} tokens")
     compiled = "compiled" if c.compile else "not compiled"
@@ -505,13 +649,16 @@ def main():
 
     def save(step: int, is_best: bool):
         nonlocal saved
-        state = {
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "plans": plans,
+        state = gathered({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        if RANK:
+            return
+        state |= {
+            "step": step, "plans": plans,
             "config": asdict(c), "model_config": asdict(model.config), "corpus": corpus,
             "best_val_loss": best, "time": clock(),
         }  # fmt: skip
-        moments = (t for s in optimizer.state.values() for t in s.values())
-        if not all(t.isfinite().all() for t in (*model.parameters(), *moments)):
+        moments = (t for s in state["optimizer"]["state"].values() for t in s.values())
+        if not all(t.isfinite().all() for t in (*state["model"].values(), *moments)):
             stop(f"the weights became infinite or nan by step {step}", "lower --learning_rate")
         content = io.BytesIO()
         torch.save(state, content)
@@ -530,7 +677,7 @@ def main():
             stop(f"the loss became {loss} by step {step}", "lower --learning_rate")
         return loss
 
-    log = Log(out / "log.jsonl", start if checkpoint else None)
+    log = Log(out / "log.jsonl", start if checkpoint else None) if RANK == 0 else lambda **row: None
     interrupted = []
 
     def interrupt(signum, frame):  # finish the step, save, leave; a second signal leaves at once
@@ -543,6 +690,8 @@ def main():
     timed_steps, timed_since = 0, time.monotonic()  # training only: evaluation is left out of tokens/s
     for step in range(start, c.max_iters + 1):
         paused = time.monotonic()
+        if RANKS > 1 and over_ranks(torch.tensor(len(interrupted), device=device), "MAX"):
+            interrupted = interrupted or [signal.SIGTERM]  # some rank was: all stop at the same step
         due, is_best = step % c.eval_interval == 0 or step == c.max_iters, False
         if due or interrupted:
             check(step)
@@ -575,11 +724,16 @@ def main():
             x, y = train.batch(micro, c.batch_size, c.seed)
             plan = router.plan(micro) if router else None
             plans += [plan.spec] if router else []
+            x, y = (on_device(t[RANK::RANKS], device) for t in (x, y))
             with autocast(device, dtype):
-                loss = model(x.to(device), y.to(device), plan=plan)[1] / c.gradient_accumulation_steps
+                loss = model(x, y, plan=plan)[1] / c.gradient_accumulation_steps
             loss.backward()
             total += loss.detach()
+        if RANKS > 1 and not c.shard:
+            average_gradients(model.parameters())
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        total = over_ranks(total)
         unchecked.append(torch.stack((total, norm)))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -591,10 +745,15 @@ def main():
             total = float(total)
             speed = timed_steps * tokens_per_step / (time.monotonic() - timed_since)
             row = {"step": done, "train_loss": total, "lr": lr, "tokens": done * tokens_per_step}
-            log(**row, tokens_per_s=speed, time=clock(), **({"plans": plans} if router else {}))
+            row |= {"tokens_per_s": speed, "flops_per_s": speed / c.block_size * sequence_flops}
+            log(**row, time=clock(), **({"plans": plans} if router else {}))
             left = duration((c.max_iters - done) * tokens_per_step / speed)
             drawn = f"  drew {plans[-1]}" if router else ""
-            text = f"step {done:5}  loss {total:.4f}  lr {lr:.1e}  {speed:,.0f} tokens/s  {left} left{drawn}"
+            share = f"{row['flops_per_s'] / peak / RANKS:.0%} of peak"
+            text = (
+                f"step {done:5}  loss {total:.4f}  lr {lr:.1e}  {speed:,.0f} tokens/s ({share})  {left} left"
+            )
+            text += drawn
             print(text, flush=True)
             plans = []
 
