@@ -5,6 +5,7 @@ are medians over the turns.
 python bench.py                                                # 125M parameters, random weights
 python bench.py --dtype bfloat16 --peer hf --prompts 64 8192   # transformers' model beside ours
 python bench.py --out_dir out/stochastic --plans full cla:2 auto:0.25 --prompts 64 192
+python bench.py --train --batch 4 --n_layer 8 --n_head 4 --n_kv_head 2 --n_embd 128 --vocab_size 4096
 """
 
 import io
@@ -14,6 +15,7 @@ import sys
 import time
 from argparse import BooleanOptionalAction
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -22,10 +24,10 @@ from torch import Tensor
 import hf
 import kernels
 from cli import Parser, Progress, UserError, duration, replace_file, run
-from kv_router import PlanError, costs, human
+from kv_router import PlanError, StochasticRouter, costs, human
 from model import GPT, GPTConfig, KVCache, convert
 from sweep import LOOKS, auto_plan, write_lines
-from train import load_run, pick_device, pick_dtype
+from train import TrainConfig, autocast, load_run, make_optimizer, matmul_peak, pick_device, pick_dtype
 
 SHAPE = {"n_layer": 12, "n_head": 12, "n_kv_head": 4, "n_embd": 768, "vocab_size": 32000}  # 125M parameters
 PLANS = ["full", "yoco", "fusedkv", "fusedkv-lite", "cla:4"]
@@ -194,10 +196,8 @@ def interleaved(contenders: list, prompts: list[int], args) -> list[dict]:
     return rows
 
 
-def at_capacity(contenders: list[Ours], context: int, args) -> list[dict]:
-    """Decode throughput with the largest batch whose cache, filled with `context` tokens, fits the memory."""
-    plans = [c for c in contenders if isinstance(c, Ours)]
-    batches = {c.name: largest_batch(c, context, args.memory_gb * 1e9) for c in plans}
+def at_capacity(plans: list[Ours], batches: dict[str, int], context: int, args) -> list[dict]:
+    """Decode throughput with the given (the largest) batches, their caches filled with `context` tokens."""
     times = {c.name: [] for c in plans}
     progress = Progress("at capacity", (args.repeats + 1) * len(plans))
     for turn in range(-1, args.repeats):
@@ -290,6 +290,76 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
     plt.close(fig)
 
 
+def peak_memory(step, device: str) -> int:
+    """Bytes that a training step allocates beyond what was there before it, at its highest."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def training(args, device: str, dtype: torch.dtype) -> list[dict]:
+    """One row per way to train, taking turns step by step: tokens/s, FLOP/s and peak memory."""
+    sizes = SHAPE | {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
+    half = max(1, sizes["n_layer"] // 2)
+    ways = {"normal": "full", "stochastic p=0.5": "full", "fusedkv": "fusedkv"}
+    ways["cyclic, 7 + 2 passes"] = f"sandwich-top:{half}"
+    router = StochasticRouter(sizes["n_layer"], 0.5)
+    steps, flops, times, memory = {}, {}, {name: [] for name in ways}, {}
+    for name, plan in ways.items():
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**sizes, plan=plan, block_size=args.block_size)).to(device)
+        if args.compile:
+            kernels.compile_model(model)
+        optimizer = make_optimizer(model, TrainConfig(optimizer=args.optimizer))
+        idx = torch.randint(sizes["vocab_size"], (args.batch, args.block_size), device=device)
+        flops[name] = costs(model.plan, model.config, args.block_size).train_flops * args.batch
+
+        def step(n: int, model=model, optimizer=optimizer, idx=idx, name=name):
+            with autocast(device, dtype):
+                loss = model(idx, idx, plan=router.plan(n) if name.startswith("stochastic") else None)[1]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        steps[name] = step
+    turns = 4 + args.repeats
+    progress = Progress("training", turns * len(ways))
+    for turn in range(turns):
+        for i, (name, step) in enumerate(steps.items()):
+            clock = Clock(device)
+            clock.mark()
+            step(turn)
+            clock.mark()
+            times[name] += clock.steps() if turn >= 4 else []  # the first ones compile
+            progress(turn * len(ways) + i + 1, name)
+    peak = matmul_peak(device, dtype)
+    rows = []
+    for name, step in steps.items():
+        memory = peak_memory(lambda step=step: step(0), device)
+        second = statistics.median(times[name])
+        row = {"name": name, "plan": ways[name], "tokens_per_s": args.batch * args.block_size / second}
+        row |= {"flops_per_s": flops[name] / second, "of_peak": flops[name] / second / peak}
+        rows.append(row | {"peak_memory": memory, "batch": args.batch, "block_size": args.block_size})
+    return rows
+
+
+def training_table(rows: list[dict]) -> str:
+    wide, base = max(len(r["name"]) for r in rows), rows[0]
+    lines = [f"{'':{wide}}  tokens/s  ratio       FLOP/s  of matmul peak  peak memory"]
+    for r in rows:
+        lines.append(
+            f"{r['name']:{wide}}  {r['tokens_per_s']:8,.0f}  {r['tokens_per_s'] / base['tokens_per_s']:5.2f}"
+            f"  {human(r['flops_per_s']):>11}  {r['of_peak']:14.0%}  {human(r['peak_memory'], 'B'):>11}"
+        )
+    return "\n".join(lines)
+
+
 def memory_of(device: str) -> int:
     """Bytes of memory of the device, on a GPU those that are free."""
     if device.startswith("cuda"):
@@ -320,16 +390,34 @@ def main():
     parser.add_argument(
         "--compile", action=BooleanOptionalAction, default=True, help="compile the decode step"
     )
+    parser.add_argument("--train", action="store_true", help="measure training steps instead")
+    parser.add_argument("--block_size", type=int, default=256, help="with --train: tokens per sequence [256]")
+    parser.add_argument(
+        "--optimizer", default="adamw", choices=("adamw", "muon"), help="with --train [adamw]"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... [auto]")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="[auto]")
     args = parser.parse_args()
-    for name, low in (("new_tokens", 2), ("batch", 1), ("repeats", 1)):
+    for name, low in (("new_tokens", 2), ("batch", 1), ("repeats", 1), ("block_size", 1)):
         if getattr(args, name) < low:
             raise UserError(f"--{name} {getattr(args, name)} is not valid; it must be {low} or more")
     if min(args.prompts) < 1 or (args.memory_gb is not None and args.memory_gb <= 0):
         raise UserError("--prompts and --memory_gb must be above 0")
     device = pick_device(args.device)
     dtype, _ = pick_dtype(args.dtype, device)
+    where = device + f", {torch.get_num_threads()} threads" * (device == "cpu")
+    where = torch.cuda.get_device_name(device) if device.startswith("cuda") else where
+    about = {"device": where, "dtype": str(dtype)[6:], "compile": args.compile, "torch": torch.__version__}
+    about |= {"command": " ".join(sys.argv)}
+    if args.train:
+        folder = Path("out/bench")
+        rows = training(args, device, dtype)
+        print(f"{where}, {about['dtype']}, {'compiled' if args.compile else 'not compiled'}")
+        print(training_table(rows))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_lines([about | r for r in rows], folder / "bench_train.jsonl")
+        print(f"wrote {folder}/bench_train.jsonl")
+        return
     prompts = sorted(set(args.prompts))
     need = max(prompts) + args.new_tokens
     sizes = {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
@@ -360,16 +448,13 @@ def main():
                 f"--batch {args.batch} of {need} tokens: the cache under {contender.name} needs "
                 f"{human(cache, 'B')}, and {device} has {human(total, 'B')}; ask for less"
             )
+    memory = args.memory_gb and args.memory_gb * 1e9
+    batches = {c.name: largest_batch(c, max(prompts), memory) for c in contenders} if memory else {}
     peers = [HuggingFace(model)] if args.peer else []
     if args.compile:
         for model in {id(c.model): c.model for c in contenders}.values():
             kernels.compile_decode(model)
     start = time.monotonic()
-    where = (
-        torch.cuda.get_device_name(device)
-        if device.startswith("cuda")
-        else f"{device}, {torch.get_num_threads()} threads"
-    )
     what = f"{human(sum(p.numel() for p in model.parameters()))} parameters, {str(dtype)[6:]}, {where}"
     print(f"{what}; batch {args.batch}, median of {args.repeats} turns", flush=True)
     rows = interleaved(contenders + peers, prompts, args)
@@ -378,14 +463,13 @@ def main():
         "predicted in brackets"
     )
     print(latency_table(rows, contenders[0].name))
-    if args.memory_gb is not None:
-        capacity = at_capacity(contenders, max(prompts), args)
+    if batches:
+        capacity = at_capacity(contenders, batches, max(prompts), args)
         print(f"\nthe largest batch of {max(prompts)} tokens each in {args.memory_gb:g} GB of cache")
         print(capacity_table(capacity))
         rows += capacity
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"device": where, "dtype": str(dtype)[6:], "compile": args.compile, "torch": torch.__version__}
-    write_lines([about | {"command": " ".join(sys.argv)} | r for r in rows], folder / "bench.jsonl")
+    write_lines([about | r for r in rows], folder / "bench.jsonl")
     draw([r for r in rows if "ttft" in r], folder / "bench.png", what)
     print(f"\nwrote {folder}/bench.jsonl and bench.png in {duration(time.monotonic() - start)}")
 

@@ -338,8 +338,9 @@ class Muon(torch.optim.AdamW):
             by_shape = {}  # matrices of one shape are made orthogonal together
             for p in group["params"] if group["muon"] else ():
                 if p.grad is not None:
-                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    momentum.lerp_(p.grad, 0.05)
+                    state = self.state[p]
+                    state.setdefault("step", torch.tensor(0.0))  # AdamW expects one when it loads a state
+                    momentum = state.setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
                     by_shape.setdefault(p.shape, []).append((p, p.grad.lerp(momentum, 0.95)))  # Nesterov
                     p.grad = None  # AdamW passes it by
             for shape, pairs in by_shape.items():
@@ -477,7 +478,8 @@ def restore(optimizer: torch.optim.Optimizer, checkpoint: dict, path: Path) -> N
 
     def of(i: int, moments: dict) -> dict:
         p, muon = params[i]
-        wanted = {"momentum": p.shape} if muon else {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+        names = ["momentum"] if muon else ["exp_avg", "exp_avg_sq"]
+        wanted = {"step": torch.Size(())} | dict.fromkeys(names, p.shape)
         if {name: t.shape for name, t in moments.items()} != wanted:
             raise ValueError("its moments are not those of these weights")
         if not isinstance(p, DTensor):

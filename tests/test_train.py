@@ -1,12 +1,16 @@
 """The scripts from end to end, on a small corpus and a model that trains in seconds."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 import train
 from data import Tokens
@@ -143,6 +147,74 @@ def test_accumulation_equals_one_large_batch(corpus, tmp_path, script):
         )
         losses.append(list(read_log(out, "train_loss").values()))
     assert losses[0] == pytest.approx(losses[1], abs=2e-5)
+
+
+def torchrun(n: int, *args) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "train.py", *args], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"router_p": 0.5}, {"optimizer": "muon"}])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_ranks_train_as_one(corpus, tmp_path, script, settings, sharded):
+    """The same losses step by step and the same final weights, where the first six steps ran on two ranks and
+    the rest on one, or the other way round."""
+    two, rest = tmp_path / "two", [f"--out_dir={tmp_path / 'two'}", "--init_from=resume", "--max_iters=12"]
+    common = {"max_iters": 12, "learning_rate": 1e-3, "min_lr": 1e-3, "warmup_iters": 0}  # no schedule
+    assert script("train.py", *flags(corpus, tmp_path / "flat", **settings | common))[0] == 0
+    half = flags(corpus, two, **settings | common | {"max_iters": 6})
+    if sharded:
+        assert script("train.py", *half)[0] == 0
+        done = torchrun(2, *rest, "--shard")
+    else:
+        done = torchrun(2, *half)
+        assert done.returncode == 0, done.stderr
+        assert script("train.py", *rest)[0] == 0
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("best val") == 1  # one rank speaks
+    for key in ("train_loss", "val_loss"):
+        expected, got = read_log(tmp_path / "flat", key), read_log(two, key)
+        assert list(got) == list(expected)
+        assert list(got.values()) == pytest.approx(list(expected.values()), abs=2e-5)
+    a, b = (train.load_checkpoint(folder / "ckpt.pt")["model"] for folder in (tmp_path / "flat", two))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-4)
+
+
+def test_settings_for_ranks(corpus, tmp_path, refused, monkeypatch):
+    line = refused("train.py", *flags(corpus, tmp_path / "a"), "--shard")
+    assert "--shard splits a model over several devices; start it with torchrun" in line
+    monkeypatch.setattr("train.RANKS", 3)
+    line = refused("train.py", *flags(corpus, tmp_path / "a"))
+    assert "--batch_size 8 cannot be divided among 3 ranks" in line
+    assert not (tmp_path / "a").exists()
+
+
+def test_muon_makes_updates_orthogonal_and_matches_torchs():
+    torch.manual_seed(0)
+    for shape in ((3, 16, 40), (2, 40, 16)):
+        x = torch.randn(shape)
+        u, _, v = torch.linalg.svd(x, full_matrices=False)
+        y = train.orthogonal(x)
+        assert torch.linalg.svdvals(y).sub(1).abs().max() < 0.35
+        cosine = torch.nn.functional.cosine_similarity(y.flatten(1), (u @ v).flatten(1))
+        assert cosine.min() > 0.98
+    ours, theirs = (
+        torch.nn.Parameter(torch.randn(24, 48, generator=torch.Generator().manual_seed(1))) for _ in "12"
+    )
+    groups = [{"params": [ours], "muon": True, "weight_decay": 0.1}]
+    a = train.Muon(groups, lr=0.02)
+    b = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    before = ours.detach().clone()
+    for step in range(4):
+        for p, optimizer in ((ours, a), (theirs, b)):
+            p.grad = torch.randn(24, 48, generator=torch.Generator().manual_seed(10 + step))
+            optimizer.step()
+    moved, expected = ours - before, theirs - before
+    assert (moved - expected).norm() < 0.03 * expected.norm()  # theirs computes in bfloat16
 
 
 def test_settings_come_from_toml_and_flags_win(corpus, tmp_path, script, refused):

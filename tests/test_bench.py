@@ -1,0 +1,131 @@
+"""bench.py on models of a moment: what it writes, what it refuses, and that the peer it measures is the same
+model. Its figures themselves are not for tests."""
+
+import json
+import time
+
+import pytest
+import torch
+from conftest import make_model
+
+import bench
+import hf
+from kv_router import Plan
+from train import TrainConfig, make_optimizer
+
+TINY = ["--n_layer", 4, "--n_head", 4, "--n_kv_head", 2, "--n_embd", 32, "--vocab_size", 61, "--no-compile"]
+TINY += ["--device", "cpu", "--dtype", "float32", "--repeats", 1]
+
+
+def rows_of(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_it_measures_every_plan_beside_its_prediction(tmp_path, script, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["--prompts", 300, 8, "--new_tokens", 3, "--memory_gb", 0.01, "--peer", "hf"]
+    status, out, err = script("bench.py", *TINY, *args)
+    assert status == 0, err
+    rows = rows_of(tmp_path / "out/bench/bench.jsonl")
+    assert (tmp_path / "out/bench/bench.png").stat().st_size > 10_000
+    names = [*bench.PLANS, "transformers"]
+    latency, capacity = rows[: 2 * len(names)], rows[2 * len(names) :]
+    assert [(r["prompt"], r["name"]) for r in latency] == [(p, n) for p in (8, 300) for n in names]
+    full = {r["prompt"]: r for r in latency if r["name"] == "full"}
+    for r in latency:
+        assert 0 < r["tpot"] < 60 and 0 < r["ttft"] < 60 and r["of_bandwidth"] > 0
+        if r["name"] != "transformers":  # measured on the tensors, exactly as predicted
+            ratio = r["cache_bytes"] / full[r["prompt"]]["cache_bytes"]
+            assert ratio == Plan.parse(r["plan"], 4).cache_ratio
+        assert f"{r['name']:12}  {r['prompt']:6}" in out
+    batches = {r["name"]: r["batch"] for r in capacity}
+    position = 2 * 4 * 2 * 8 * 4  # K and V, 4 layers, 2 heads of 8 features, 4 bytes
+    assert batches["full"] == 10_000_000 // (384 * position)  # 300 + 3 tokens take three blocks
+    assert batches["yoco"] == 10_000_000 // (384 * position // 2)
+
+
+def test_training_is_measured(tmp_path, script, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["--train", "--batch", 2, "--block_size", 16]
+    status, out, err = script("bench.py", *TINY, *args)
+    assert status == 0, err
+    rows = rows_of(tmp_path / "out/bench/bench_train.jsonl")
+    assert [r["plan"] for r in rows] == ["full", "full", "fusedkv", "sandwich-top:2"]
+    assert all(r["tokens_per_s"] > 0 and r["peak_memory"] > 10_000 and r["name"] in out for r in rows)
+
+
+def test_training_memory_does_not_grow_with_the_vocabulary(monkeypatch):
+    """Apart from what is as large as the weights: their gradients."""
+    peaks = []
+    for vocabulary in (4096, 50304):
+        model = make_model(vocab_size=vocabulary, n_layer=4, n_embd=64, block_size=128).train()
+        optimizer = make_optimizer(model, TrainConfig())
+        idx = torch.randint(vocabulary, (32, 128))
+
+        def step(model=model, optimizer=optimizer, idx=idx):
+            model(idx, idx)[1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        table = model.embed.weight.nbytes  # its gradient: from the output layer, from the input, their sum
+        peaks.append(bench.peak_memory(step, "cpu") - 3 * table)
+    assert peaks[1] < 1.15 * peaks[0]
+
+
+@torch.no_grad()
+def test_the_peer_is_the_same_model():
+    model = make_model(qk_norm=True, block_size=64)
+    peer, idx = bench.HuggingFace(model), torch.randint(61, (2, 20))
+    ours = list(bench.Ours(model, "full").tokens(idx, 8, None))
+    theirs = list(peer.tokens(idx, 8, peer.cache(2, 28)))
+    assert torch.equal(torch.cat(ours, 1), torch.cat(theirs, 1))
+    assert peer.model.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()  # handed over in memory
+
+
+def test_a_clock_tells_the_seconds_between_marks():
+    clock = bench.Clock("cpu")
+    for _ in range(3):
+        clock.mark()
+        time.sleep(0.02)
+    assert len(clock.steps()) == 2 and all(0.02 <= s < 1 for s in clock.steps())
+
+
+@pytest.mark.parametrize(
+    "args, part",
+    [
+        (["--prompts", 0], "--prompts and --memory_gb must be above 0"),
+        (["--new_tokens", 1], "--new_tokens 1 is not valid; it must be 2 or more"),
+        (["--memory_gb", 0.0001, "--prompts", 300], "under full needs 197 kB, and there are 100 kB"),
+        (["--batch", 10**9, "--prompts", 300], "the cache under full needs 162 TB, and cpu has"),
+        (["--device", "cuda:9"], "--device cuda:9 is not to be had here"),
+        (["--plans", "keep:9"], "layer '9'"),
+        (["--plans", "auto:0.5"], "none were searched for this run"),
+    ],
+)
+def test_mistakes(args, part, tmp_path, refused, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert part in refused("bench.py", *TINY, *args)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_peer_that_is_not_installed(monkeypatch, refused, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    assert "--peer hf needs the package transformers" in refused("bench.py", *TINY, "--peer", "hf")
+
+
+def test_a_run_is_measured_with_its_own_sizes(corpus, tmp_path, script, refused):
+    from test_train import flags
+
+    out = tmp_path / "run"
+    assert script("train.py", *flags(corpus, out, max_iters=1))[0] == 0
+    base = ["--out_dir", out, "--no-compile", "--repeats", 1, "--device", "cpu", "--dtype", "float32"]
+    status, text, err = script("bench.py", *base, "--prompts", 16, "--new_tokens", 4)
+    assert status == 0 and (out / "bench.png").exists(), err
+    assert {r["name"] for r in rows_of(out / "bench.jsonl")} == set(bench.PLANS)
+    line = refused("bench.py", *base, "--prompts", 64)
+    assert "--prompts 64 and 16 new tokens do not fit the context of 32" in line
+    assert "--n_layer is for random weights" in refused("bench.py", *base, "--n_layer", 2)
+    config, _ = hf.export(make_model())
+    assert config["model_type"] == "llama"
