@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import data
+import kernels
 from cli import Parser, UserError, run
 from kv_router import human
 from model import KVCache
@@ -41,6 +42,11 @@ def main():
     parser.add_argument(
         "--exact_prefill", action="store_true", help="feed the prompt token by token (exact for cyclic plans)"
     )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the decode step: for many tokens (on a GPU a CUDA graph)",
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... [auto]")
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of weights and cache [auto]"
@@ -59,6 +65,8 @@ def main():
     dtype, _ = pick_dtype(args.dtype, device)
     model, _ = load_run(args.out_dir, device)
     model.to(dtype)
+    if args.compile:
+        kernels.compile_decode(model)
     enc = data.load_tokenizer(args.out_dir)
     text = data.read_text(Path(args.start[5:])) if args.start.startswith("FILE:") else args.start
     if enc.n_vocab > model.config.vocab_size:
@@ -74,8 +82,9 @@ def main():
     plans = [model.resolve(spec) for spec in specs]
     idx = torch.tensor([prompt], device=device)
     for spec, plan in zip(specs, plans):
+        cache = KVCache(model.config, plan, 1, len(prompt) + args.max_new_tokens, dtype, device)
         for i in range(args.num_samples):
-            cache = KVCache(model.config, plan, 1, len(prompt) + args.max_new_tokens, dtype, device)
+            cache.length = 0
             print(f"--- {spec}" + (f", sample {i + 1}" if args.num_samples > 1 else ""))
             print(text, end="", flush=True)
             decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span several tokens

@@ -75,7 +75,7 @@ class TrainConfig:
     tie_embeddings: bool = setting(True, "input and output embeddings are one matrix")
     qk_norm: bool = setting(False, "RMSNorm on queries and keys")
     # optimization
-    optimizer: str = setting("adamw", "of the layers' matrices; the rest has AdamW", ("adamw", "muon"))
+    optimizer: str = setting("muon", "of the layers' matrices; the rest has AdamW", ("adamw", "muon"))
     batch_size: int = setting(16, "sequences per micro-step, on all devices together")
     gradient_accumulation_steps: int = setting(1, "micro-steps per step")
     max_iters: int = setting(600, "steps; 0 only evaluates and saves")
@@ -548,7 +548,8 @@ def main():
     device = join_ranks(pick_device(c.device))
     dtype, reason = pick_dtype(c.dtype, device)
     router = StochasticRouter(c.n_layer, c.router_p, c.seed, c.router_above) if c.router_p else None
-    n_params = costs(Plan.parse(c.plan, c.n_layer), model_config(c, 1)).params  # shows mistakes early
+    sizes = model_config(c, vocab_size=1)  # a mistake shows before a corpus is made
+    n_params = costs(Plan.parse(c.plan, c.n_layer), sizes).params
     memory = device_memory(device) * (RANKS if c.shard else 1)
     if 16 * n_params > memory:  # weights, gradients, two moments
         need = f"{human(n_params)} parameters need {human(16 * n_params, 'B')} to train"

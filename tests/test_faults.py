@@ -204,6 +204,40 @@ def test_experiments_lets_its_run_save(corpus, tmp_path):
     came("SIGINT to experiments.py", "saved")
 
 
+@pytest.mark.parametrize("fault", ["SIGTERM to torchrun", "kill -9 of one rank of two"])
+def test_two_ranks(corpus, tmp_path, script, fault):
+    """A polite stop saves, whichever rank heard of it first; a dead rank ends the run, without a hang."""
+    out, log = tmp_path / "run", tmp_path / "run" / "log.jsonl"
+    settings = flags(corpus, out, max_iters=100_000, log_interval=1, eval_interval=20)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "train.py",
+    ]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([*command, *settings], cwd=ROOT, env=environment, **pipe) as process:
+        wait_for(lambda: log.exists() and log.read_text().count("\n") > 30)
+        children = f"/proc/{process.pid}/task/{process.pid}/children"
+        ranks = [int(pid) for pid in Path(children).read_text().split()]
+        if "kill" in fault:
+            os.kill(ranks[-1], signal.SIGKILL)
+        else:
+            process.terminate()
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0, output
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks))
+    step = train.load_checkpoint(out / "ckpt.pt")["step"]
+    if "kill" not in fault:
+        assert f"stopped and saved after step {step}; go on: python train.py" in output, output
+    line = [f"--out_dir={out}", "--init_from=resume", f"--max_iters={step + 2}"]
+    assert script("train.py", *line)[0] == 0  # on one device
+    came(fault, "ended, and went on with one")
+
+
 # --- runs that stop and go on, in this process ------------------------------------------------------------
 
 RUNS = [
