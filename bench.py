@@ -9,7 +9,6 @@ python bench.py --train --batch 4 --n_layer 8 --n_head 4 --n_kv_head 2 --n_embd 
 """
 
 import io
-import os
 import statistics
 import sys
 import time
@@ -27,7 +26,16 @@ from cli import Parser, Progress, UserError, duration, replace_file, run
 from kv_router import PlanError, StochasticRouter, costs, human
 from model import GPT, GPTConfig, KVCache, convert
 from sweep import LOOKS, auto_plan, write_lines
-from train import TrainConfig, autocast, load_run, make_optimizer, matmul_peak, pick_device, pick_dtype
+from train import (
+    TrainConfig,
+    autocast,
+    device_memory,
+    load_run,
+    make_optimizer,
+    matmul_peak,
+    pick_device,
+    pick_dtype,
+)
 
 SHAPE = {"n_layer": 12, "n_head": 12, "n_kv_head": 4, "n_embd": 768, "vocab_size": 32000}  # 125M parameters
 PLANS = ["full", "yoco", "fusedkv", "fusedkv-lite", "cla:4"]
@@ -360,13 +368,6 @@ def training_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def memory_of(device: str) -> int:
-    """Bytes of memory of the device, on a GPU those that are free."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--out_dir", help="a run to measure; its own sizes, its plans, results written there")
@@ -439,7 +440,7 @@ def main():
     names = args.plans or [p for p in PLANS if model.config.n_layer > 3 or p == "full"]
     specs = [auto_plan(spec, args.out_dir or "") for spec in names]
     contenders = [Ours(model, spec) for spec in dict.fromkeys(specs)]
-    total = memory_of(device)
+    total = device_memory(device)
     for contender in contenders:
         cost = costs(contender.plan, model.config, bytes_per_value=model.embed.weight.itemsize)
         cache = args.batch * need * cost.cache_bytes_per_token

@@ -200,7 +200,7 @@ class CudaGraph:
 
     def __init__(self, model: torch.nn.Module, cache, idx: Tensor):
         self.cache, self.idx, length = cache, idx.clone(), cache.length
-        cache.position = torch.full((1,), length, device=idx.device)
+        self.position = cache.position = torch.full((1,), length, device=idx.device)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -211,11 +211,11 @@ class CudaGraph:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.logits = model(self.idx, cache=cache)[0]
-        cache.length = length
+        cache.length, cache.position = length, None  # steps outside of the graph count for themselves
 
     def __call__(self, idx: Tensor) -> Tensor:
         self.idx.copy_(idx)
-        self.cache.position.fill_(self.cache.length)
+        self.position.fill_(self.cache.length)
         self.graph.replay()
         self.cache.length += 1
         return self.logits

@@ -334,11 +334,7 @@ def costs(plan: Plan, shape: Shape, context: int = 8192, batch: int = 1, bytes_p
     stored_values = kv_width * (len(plan.k_layers) + len(plan.v_layers))  # per token
 
     params = 0
-    kv, rest, row = (
-        [],
-        [],
-        [],
-    )  # FLOPs of each layer: own KV of one position; all else of one; one query's reads
+    kv, rest, row = [], [], []  # FLOPs of each layer: one position's own KV; its rest; one query's reads
     for i, route in enumerate(plan.routes):
         has_k, has_v = i in plan.k_layers, i in plan.v_layers
         own = (C + s.qkv_bias) * kv_width * (has_k + has_v)

@@ -469,3 +469,36 @@ def test_compiled_pieces_serve_every_plan():
         loss.backward()
         assert loss.item() == pytest.approx(expected[s], abs=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["full", "fusedkv", "sandwich-middle:2"])
+def test_steps_of_fixed_sizes_decode_the_same(spec):
+    """What a CUDA graph records: the position comes from a tensor and all blocks are read, the rest masked."""
+    model = make_model(spec, block_size=400)
+    idx = tokens(2, 120)
+    expected = model.generate(idx, 20, temperature=0)
+    cache, position = KVCache(model.config, model.plan, 2, 400), torch.zeros(1, dtype=torch.long)
+    for _ in range(20):
+        idx_next = model(idx if cache.length == 0 else idx[:, -1:], cache=cache)[0][:, -1].argmax(-1)
+        idx = torch.cat((idx, idx_next[:, None]), dim=1)
+        cache.position = position.fill_(cache.length)
+    assert torch.equal(idx, expected)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("spec", ["full", "fusedkv", "cla:2", "sandwich-middle:2"])
+def test_cuda_graphs_decode_the_same(spec):
+    model = make_model(spec, block_size=400).cuda()
+    idx = tokens(2, 200).cuda()
+    expected = model.generate(idx[:, :120], 30, temperature=0)
+    kernels.compile_decode(model)
+    cache = KVCache(model.config, model.plan, 2, 400, device="cuda")
+    for length in (120, 120, 60, 200):  # the graph is recorded once and serves every prompt
+        cache.length = 0
+        got = torch.cat([idx[:, :length], *model.stream(idx[:, :length], 30, 0, cache=cache)], dim=1)
+        graph = cache.graph
+        if length == 120:
+            assert torch.equal(got, expected)
+    assert cache.graph is graph is not None
