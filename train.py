@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -272,6 +273,7 @@ def average_gradients(params: Iterable[Tensor]) -> None:
 def shard(model: GPT) -> None:
     """FSDP2: every rank keeps its part of each weight, gradient and moment, and gathers a layer's weights
     while that layer runs."""
+    warnings.filterwarnings("ignore", ".*returned a view tensor")  # values are one; nothing writes into them
     for block in model.blocks:
         fully_shard(block)
         register_fsdp_forward_method(block, "kv")  # a layer runs in two steps
