@@ -456,7 +456,8 @@ def main():
         for model in {id(c.model): c.model for c in contenders}.values():
             kernels.compile_decode(model)
     start = time.monotonic()
-    what = f"{human(sum(p.numel() for p in model.parameters()))} parameters, {str(dtype)[6:]}, {where}"
+    n_params = sum(p.numel() for p in contenders[0].model.parameters())
+    what = f"{human(n_params)} parameters, {about['dtype']}, {where}"
     print(f"{what}; batch {args.batch}, median of {args.repeats} turns", flush=True)
     rows = interleaved(contenders + peers, prompts, args)
     print(
