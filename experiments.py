@@ -1,23 +1,233 @@
-"""The papers' claims in miniature, each by one command; runs that are done are not done again.
+"""The papers' claims in miniature; runs that are done are not done again.
 
 python experiments.py framework     the nine configurations of arXiv 2410.14442, 2x and 4x smaller cache
+python experiments.py runs           runs named on standard input
+python experiments.py train VARIANT config/demo.toml --out_dir=...     train.py with a variation
 """
 
 import json
+import os
+import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 import data
+import kernels
+import model as model_file
+import train
 from cli import Parser, UserError, duration, replace_file, run
-from kv_router import Plan
-from model import GPT
+from kv_router import Plan, Route, StochasticRouter
+from model import GPT, Attention
 from sweep import stderr
 from train import load_run, window_losses
+
+# --- variations -------------------------------------------------------------------------------------------
+# What train.py has no flag for, because only a study needs it: each replaces one piece of the program.
+
+
+def drawn(routes: Callable[..., list[Route]]) -> tuple:
+    """A variation of the stochastic router: routes(rng, n_layer, p, step) in place of the paper's rule."""
+
+    class Router(StochasticRouter):
+        def plan(self, step: int) -> Plan:
+            rng = random.Random(f"{self.seed}:{step}")
+            return Plan(tuple(routes(rng, self.n_layer, self.p, step)))
+
+    return train, "StochasticRouter", Router
+
+
+def below(rng, n_layer, p, step, bottom_v=False, apart=False):
+    """The paper's rule; `bottom_v`: a layer that reads another's K reads V of layer 0; `apart`: and whether
+    it does is drawn for K and V apart."""
+    routes = [Route((0,), (0,))]
+    for i in range(1, n_layer):
+        k = rng.randrange(i) if rng.random() < p else i
+        v = (0 if k < i else i) if bottom_v else k
+        if apart:
+            v = 0 if rng.random() < p else i
+        routes.append(Route((k,), (v,)))
+    return routes
+
+
+def kept(rng, n_layer, p, step, bottom_v=False):
+    """As deployment does: a layer that is not kept reads the nearest kept one below. How many are kept is
+    spread evenly (at p = 0.5, from one to all)."""
+    p, k, routes = rng.uniform(0, 2 * p), 0, []
+    for i in range(n_layer):
+        own = i == 0 or rng.random() >= p
+        k = i if own else k
+        routes.append(Route((k,), (0 if bottom_v and not own else k,)))
+    return routes
+
+
+def alternate(rng, n_layer, p, step, **how):
+    """Every second draw is the full plan."""
+    return below(rng, n_layer, p if step % 2 else 0.0, step, **how)
+
+
+def ramp(rng, n_layer, p, step):
+    """p grows from 0 over the first 200 draws."""
+    return below(rng, n_layer, p * min(1, step / 200), step)
+
+
+def distilled(self, idx, targets=None, plan=None, cache=None):
+    """GPT.forward that trains the full plan on the text, and the drawn one on what the full one predicts, in
+    the same step: twice the work."""
+    if plan is None or not torch.is_grad_enabled():
+        return FORWARD(self, idx, targets, plan, cache)
+    teacher, student = (self.lm_head(self.norm(self.hidden(idx, p))).flatten(0, 1) for p in (self.plan, plan))
+    divergence = F.kl_div(
+        student.log_softmax(-1), teacher.detach().log_softmax(-1), reduction="batchmean", log_target=True
+    )
+    return None, F.cross_entropy(teacher, targets.flatten()) + divergence
+
+
+FORWARD = GPT.forward
+
+
+class Untied(Attention):
+    """Key gates free for every feature, also the two that RoPE turns together."""
+
+    def _gate(self, sources: tuple[int, ...], start: int, width: int):
+        return super()._gate(sources, start, self.head_dim)
+
+    def turn(self, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return k
+
+    def forward(self, x, cos, sin, ks, vs, strict, seen):
+        q = self._turned(self.q_proj(x), self.q_norm, cos, sin)
+        k = self.turn(kernels.fuse(ks, self.k_gate), cos, sin)
+        y = kernels.attention(q, [k], [kernels.fuse(vs, self.v_gate)])
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class BeforeRope(Untied):
+    """Keys are fused first and turned then, with free gates; the cache would hold keys before RoPE."""
+
+    def key(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return self._heads(self.k_proj(x))
+
+    def turn(self, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return kernels.rotate(k, cos, sin)
+
+
+class Even(Attention):
+    """Gates that start even over their sources."""
+
+    def _gate(self, sources: tuple[int, ...], start: int, width: int):
+        gate = super()._gate(sources, start, width)
+        return gate if gate is None else torch.nn.Parameter(torch.full_like(gate, 1 / len(sources)))
+
+
+VARIANTS = {
+    "kept": drawn(kept),
+    "bottom-v": drawn(lambda *a: below(*a, bottom_v=True)),
+    "apart": drawn(lambda *a: below(*a, apart=True)),
+    "kept-bottom-v": drawn(lambda *a: kept(*a, bottom_v=True)),
+    "alternate": drawn(alternate),
+    "alternate-bottom-v": drawn(lambda *a: alternate(*a, bottom_v=True)),
+    "alternate-apart": drawn(lambda *a: alternate(*a, apart=True)),
+    "ramp": drawn(ramp),
+    "distilled": (GPT, "forward", distilled),
+    "untied": (model_file, "Attention", Untied),
+    "before-rope": (model_file, "Attention", BeforeRope),
+    "even": (model_file, "Attention", Even),
+}
+
+
+@contextmanager
+def varied(name: str):
+    """The program with one of VARIANTS in place; with any other name, the program as it is."""
+    if name not in VARIANTS:
+        yield
+        return
+    owner, attribute, new = VARIANTS[name]
+    old = getattr(owner, attribute)
+    setattr(owner, attribute, new)
+    try:
+        yield
+    finally:
+        setattr(owner, attribute, old)
+
+
+# --- runs -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Lab:
+    """Where the runs of one set of experiments are, and what they share. A run is named by the settings that
+    set it apart: "--plan=yoco --seed=1", or with a variation "kept --router_p=0.5 --seed=0"."""
+
+    folder: Path
+    base: list[str]
+    jobs: int
+
+    def path(self, name: str) -> Path:
+        return self.folder / re.sub(r"[^\w.+]+", "-", name).strip("-")
+
+    def train(self, names: list[str]) -> None:
+        """Train what is not finished, `jobs` at a time; a stopped run is resumed."""
+        flags = {name: self.base + name.split() for name in dict.fromkeys(names)}
+        finished = {name: self.path(name) / "finished.json" for name in flags}
+        todo = [
+            n for n in flags if not finished[n].exists() or finished[n].read_text() != json.dumps(flags[n])
+        ]
+        began, done, children, stopped = time.monotonic(), [], set(), []
+
+        def one(name: str):
+            if stopped:
+                return
+            words = name.split()
+            program = ["experiments.py", "train", words.pop(0)] if words[0] in VARIANTS else ["train.py"]
+            init = "resume" if any(self.path(name).glob("*.pt")) else "scratch"
+            command = [sys.executable, *program, *self.base, *words]
+            command += [f"--out_dir={self.path(name)}", f"--init_from={init}"]
+            # In a process group of its own: a Ctrl-C reaches it through us, once, and it has time to save.
+            child = subprocess.Popen(
+                command, stdout=subprocess.PIPE, text=True, process_group=0, env=os.environ | self.threads()
+            )
+            children.add(child)
+            output, _ = child.communicate()
+            children.discard(child)
+            if child.returncode:  # it has said why
+                stopped.append(abs(child.returncode))
+                return
+            replace_file(finished[name], json.dumps(flags[name]).encode())
+            done.append(name)
+            left = (time.monotonic() - began) / len(done) * (len(todo) - len(done))
+            last = output.splitlines()[-1].split(": ", 1)[-1]
+            print(f"[{len(done)} of {len(todo)}, about {duration(left)} left] {name}: {last}", flush=True)
+
+        if todo:
+            print(f"{len(todo)} runs to train, {self.jobs} at a time", flush=True)
+        with ThreadPoolExecutor(self.jobs) as pool:
+            waiting = [pool.submit(one, name) for name in todo]
+            try:
+                for w in waiting:
+                    w.result()
+            except KeyboardInterrupt:
+                stopped.append(130)
+                for child in children:
+                    child.send_signal(signal.SIGINT)
+        if stopped:
+            sys.exit(stopped[0])
+
+    def threads(self) -> dict[str, str]:
+        return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
+
 
 NINE = [f"{a}-{b}" for a in ("pizza", "sandwich", "lasagna") for b in ("bottom", "middle", "top")]
 
@@ -179,16 +389,32 @@ def draw_framework(rows: list[dict], path: Path) -> None:
     plt.close(fig)
 
 
+BASE = "config/demo.toml --n_kv_head=4 --max_iters=300 --warmup_iters=30 --eval_interval=100 --eval_iters=8"
+
+
 def main():
+    if sys.argv[1:2] == ["train"] and len(sys.argv) > 2:
+        name = sys.argv[2]
+        if name not in VARIANTS:
+            raise UserError(f"no variation {name!r}; valid are {', '.join(VARIANTS)}")
+        del sys.argv[1:3]
+        with varied(name):
+            train.main()
+        return
     parser = Parser(__doc__)
-    parser.add_argument("experiment", choices=["framework"], help="which one to run")
+    parser.add_argument("experiment", choices=["framework", "runs"], help="which one to run")
     parser.add_argument("--out_dir", default="out", help="results go to OUT_DIR/EXPERIMENT [out]")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each kind [1]")
     parser.add_argument("--max_iters", type=int, default=400, help="training steps per run [400]")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time [one a core]")
     args = parser.parse_args()
     if args.seeds < 1 or args.max_iters < 10:
         raise UserError("--seeds must be 1 or more and --max_iters 10 or more")
-    framework(Path(args.out_dir) / args.experiment, args.seeds, args.max_iters)
+    if args.experiment == "framework":
+        framework(Path(args.out_dir) / args.experiment, args.seeds, args.max_iters)
+    else:  # named on standard input
+        lab = Lab(Path(args.out_dir) / "experiments", BASE.split(), args.jobs)
+        lab.train([line.strip() for line in sys.stdin if line.strip()])
 
 
 if __name__ == "__main__":
