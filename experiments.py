@@ -135,6 +135,7 @@ class Even(Attention):
 VARIANTS = {
     "kept": drawn(kept),
     "bottom-v": drawn(lambda *a: below(*a, bottom_v=True)),
+    "only-bottom-v": drawn(lambda *a: [Route(r.k, (0,)) for r in below(*a)]),
     "apart": drawn(lambda *a: below(*a, apart=True)),
     "kept-bottom-v": drawn(lambda *a: kept(*a, bottom_v=True)),
     "alternate": drawn(alternate),
