@@ -3,19 +3,33 @@
 python sweep.py --out_dir out/normal out/stochastic out/fusedkv
 python sweep.py --out_dir out/stochastic --plans full cla:2 keep:0,1,6 fusedkv-lite
 python sweep.py --out_dir out/normal --search
+python sweep.py --out_dir out/normal hf:FOLDER --plans full auto:0.5 --tasks arc_easy hellaswag
+
+--tasks scores benchmarks in place of held-out text, through the package lm-eval.
 """
 
 import heapq
 import io
 import json
+import logging
 import os
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import data
-from cli import Parser, Progress, UserError, first_line, replace_file, run, sealed
+import kernels
+from cli import Parser, Progress, UserError, first_line, replace_file, run, sealed, suggest
+from hf import load_hf
 from kv_router import Plan, PlanError, costs, human
 from model import GPT
 from train import bits_per_byte, load_run, pick_device, window_losses
@@ -96,25 +110,20 @@ def auto_plan(spec: str, out_dir: str) -> str:
     return min(fits)[2]
 
 
-def score(
-    runs: dict[str, GPT],
-    tokens: data.Tokens,
-    specs: list[str] | None,
-    windows: int,
-    batch_size: int,
-    found: dict[str, list[Plan]],
-) -> list[dict]:
-    """One row per run and plan: by default the ladder for a model that computes every layer's KV, and for one
-    built for a plan that plan. `delta` is the loss above `full` on the same windows, of the same run or,
-    where a run has no full cache, of the first that has; `delta_stderr` its paired standard error. `found`:
-    further plans of single runs."""
+def choose(
+    runs: dict[str, GPT], specs: list[str] | None, found: dict[str, list[Plan]]
+) -> list[tuple[str, Plan]]:
+    """The runs and plans to score: by default the ladder for a model that computes every layer's KV, and for
+    one built for a plan that plan; always `full` where a run has it, to compare with. `found`: further plans
+    of single runs. A plan that a run cannot have is left out with a line, or raises its PlanError where no
+    other run has it."""
     todo, lacking = [], []
     for name, model in runs.items():
         n_layer, built = model.config.n_layer, model.plan.spec
         default = ladder(n_layer) if built == "full" else [built]
-        plans = [Plan.parse(spec, n_layer) for spec in (specs or default)]
+        plans = [Plan.parse(spec, n_layer) for spec in (default if specs is None else specs)]
         if built == "full":
-            plans = [model.plan] + [p for p in plans if p != model.plan]  # the reference of `delta`
+            plans = [model.plan] + [p for p in plans if p != model.plan]
         for plan in dict.fromkeys(plans + found.get(name, [])):
             try:
                 todo.append((name, model.resolve(plan)))
@@ -124,6 +133,18 @@ def score(
         raise lacking[0]
     for e in lacking:
         print(f"left out: {e}")
+    return todo
+
+
+def score(
+    runs: dict[str, GPT],
+    tokens: data.Tokens,
+    todo: list[tuple[str, Plan]],
+    windows: int,
+    batch_size: int,
+) -> list[dict]:
+    """One row per run and plan. `delta` is the loss above `full` on the same windows, of the same run or,
+    where a run has no full cache, of the first that has; `delta_stderr` its paired standard error."""
     progress = Progress("scoring", len(todo))
     losses, rows = {}, []
     for name, plan in todo:
@@ -251,6 +272,13 @@ def write_lines(rows: list[dict], path: Path) -> None:
     replace_file(path, "".join(json.dumps(r) + "\n" for r in rows).encode())
 
 
+def run_name(folder: str, others: dict) -> str:
+    name = os.path.basename(os.path.abspath(folder.removeprefix("hf:")))
+    if name in others:
+        raise UserError(f"--out_dir names two runs {name!r}; rename a folder to tell them apart")
+    return name
+
+
 def load_runs(
     folders: list[str], device: str, data_dir: str | None = None
 ) -> tuple[dict[str, GPT], data.Tokens]:
@@ -258,9 +286,7 @@ def load_runs(
     runs, tokens = {}, None
     for folder in folders:
         model, config = load_run(folder, device)
-        name = os.path.basename(os.path.abspath(folder))
-        if name in runs:
-            raise UserError(f"--out_dir names two runs {name!r}; rename a folder to tell them apart")
+        name = run_name(folder, runs)
         corpus = Path(data_dir or config.data_dir) / config.dataset
         found = data.Tokens(corpus, "val", model.config.block_size)
         if data.read_meta(Path(folder)).get("val") != found.meta["val"]:
@@ -276,32 +302,279 @@ def load_runs(
     return runs, tokens
 
 
+# --- benchmarks through lm-eval ---------------------------------------------------------------------------
+
+
+def load_tasks(names: list[str], task_dir: str | None = None) -> dict:
+    """lm-eval's tasks of these names, with the groups they form: from the yaml files below `task_dir` if all
+    are there, else beside its own. UserError (one line) without lm-eval, for an unknown name and for a task
+    whose data cannot be had."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # its progress bars; read when tqdm is imported
+    try:
+        import datasets
+        from lm_eval.tasks import TaskManager
+    except ImportError as e:
+        raise UserError("--tasks needs the package lm-eval: pip install lm-eval") from e
+    datasets.disable_progress_bars()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default it takes
+    if task_dir and not Path(task_dir).is_dir():
+        raise UserError(f"--task_dir {task_dir} is not a folder")
+    for builtin in (False, True) if task_dir else (True,):  # reading thousands of its own takes seconds
+        manager = TaskManager(include_path=task_dir, include_defaults=builtin)
+        unknown = [name for name in names if name not in manager.task_index]
+        if not unknown:
+            break
+    if unknown:
+        close = suggest(unknown[0], manager.all_tasks)
+        raise UserError(f"--tasks: lm-eval has no task {unknown[0]!r}{close} (lm-eval ls tasks lists all)")
+    try:
+        return manager.load(names)
+    except Exception as e:  # no network, no such file, a package that only this task needs
+        raise UserError(f"--tasks {' '.join(names)}: {first_line(e)}") from e
+
+
+def load_beside_tokenizers(folders: list[str], device: str) -> tuple[dict[str, GPT], dict]:
+    """The models and their tokenizers, both named by their folders: runs, or as hf:FOLDER Hugging Face
+    folders."""
+    runs, encs = {}, {}
+    for folder in folders:
+        name, path = run_name(folder, runs), Path(folder.removeprefix("hf:"))
+        if not folder.startswith("hf:"):
+            model, enc = load_run(path, device)[0], data.load_tokenizer(path)
+        else:
+            model, own = load_hf(path).to(device), path / "tokenizer.tiktoken"  # hf.py copies a run's own
+            if own.exists():
+                enc = data.encoding(own.name, data.read_ranks(own))
+            else:
+                enc = data.JsonTokenizer(path / "tokenizer.json")
+        if enc.n_vocab > model.config.vocab_size:
+            raise UserError(f"the tokenizer in {path} has more tokens than its model; copy the right one")
+        runs[name], encs[name] = model, enc
+    return runs, encs
+
+
+@torch.no_grad()
+def continuations(
+    model: GPT,
+    plan: Plan,
+    pairs: list[tuple[list[int], list[int]]],
+    batch_size: int,
+    tell: Callable[[float], None] = lambda share: None,
+) -> list[tuple[float, bool]]:
+    """For every pair of a context and a continuation, token ids, at least one each: the continuation's
+    log-likelihood in nats, and whether greedy decoding would give it. Contexts are cut from the left to fit
+    block_size; a continuation that does not fit raises UserError. Cyclic plans iterate until exact.
+
+    Sequences of similar length run together, padded on the right, which causal attention never sees; the
+    (B, T, vocab) logits never exist, only some continuation positions' at a time."""
+    room, device = model.config.block_size, model.embed.weight.device
+    rows = defaultdict(list)  # input -> the pairs that it answers: choices of one token share theirs
+    for i, (context, continuation) in enumerate(pairs):
+        if not 0 < len(continuation) <= room:
+            raise UserError(
+                f"a task has a continuation of {len(continuation)} tokens, and this model scores 1 to {room}"
+            )
+        rows[tuple((context + continuation)[-room - 1 : -1])].append(i)
+    inputs, results = sorted(rows, key=len, reverse=True), [None] * len(pairs)
+    for start in range(0, len(inputs), batch_size):
+        tell(start / len(inputs))
+        batch = inputs[start : start + batch_size]
+        idx = pad_sequence([torch.tensor(row) for row in batch], batch_first=True).to(device)  # (B, T)
+        x = model.hidden(idx, plan, passes=idx.size(1))  # (B, T, C)
+        asked = [(i, len(row), h) for row, h in zip(batch, x) for i in rows[row]]
+        sizes = [len(pairs[i][1]) for i, _, _ in asked]
+        x = torch.cat([h[end - n : end] for n, (_, end, h) in zip(sizes, asked)])  # (N, C)
+        targets = torch.tensor([token for i, _, _ in asked for token in pairs[i][1]], device=device)  # (N,)
+        losses, hits, some = [], [], max(1, kernels.LOGITS // model.config.vocab_size)
+        for h, target in zip(x.split(some), targets.split(some)):
+            logits = model.head(h).float()
+            losses.append(F.cross_entropy(logits, target, reduction="none"))
+            hits.append(logits.argmax(-1) == target)
+        losses, hits = torch.cat(losses).cpu().split(sizes), torch.cat(hits).cpu().split(sizes)
+        for (i, _, _), loss, hit in zip(asked, losses, hits):
+            results[i] = -float(loss.sum()), bool(hit.all())
+    return results
+
+
+def task_model(
+    model: GPT, enc, plan: Plan, batch_size: int, tell: Callable[[float], None] = lambda share: None
+):
+    """`model` with its tokenizer under `plan`, as lm-eval wants models. `tell` hears what share of a kind of
+    requests is done."""
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    room, eot = model.config.block_size, enc.eot_token
+
+    class TaskModel(TemplateLM):
+        eot_token_id = eot
+
+        def tok_encode(self, string, add_special_tokens=None, **_):
+            return enc.encode_ordinary(string)
+
+        def loglikelihood(self, requests, disable_tqdm=True):
+            return super().loglikelihood(requests, disable_tqdm)
+
+        def _loglikelihood_tokens(self, requests, **_):
+            pairs = [(context or [eot], continuation) for _, context, continuation in requests]
+            return continuations(model, plan, pairs, batch_size, tell)
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=True):
+            """Every token of a text is predicted once, the first from the end of text, in windows of
+            block_size; as lm-eval defines it, the last window reaches back for a full context."""
+            pairs, owners, totals = [], [], [0.0] * len(requests)
+            for i, request in enumerate(requests):
+                for window in get_rolling_token_windows(enc.encode_ordinary(request.args[0]), eot, room, 1):
+                    pairs.append(make_disjoint_window(window))
+                    owners.append(i)
+            for i, (value, _) in zip(owners, continuations(model, plan, pairs, batch_size, tell)):
+                totals[i] += value
+            return totals
+
+        def generate_until(self, requests, disable_tqdm=True):
+            """Greedy, to the first of the stop strings, the end of text, or max_gen_toks; these take half the
+            context at most, and what remains is the prompt's end."""
+            texts = []
+            for done, (prompt, options) in enumerate(request.args for request in requests):
+                tell(done / len(requests))
+                if options.get("do_sample"):
+                    raise UserError("a task asks for sampled text (do_sample), and --tasks decodes greedily")
+                stops = options.get("until") or []
+                stops = [stops] if isinstance(stops, str) else stops
+                n = min(options.get("max_gen_toks", 256), room // 2)
+                idx = torch.tensor([enc.encode_ordinary(prompt)[n - room :] or [eot]])
+                idx, raw, text = idx.to(model.embed.weight.device), b"", ""
+                for token in model.stream(idx, n, temperature=0, plan=plan, exact_prefill=plan.cyclic):
+                    if token.item() == eot:
+                        break
+                    raw += data.token_bytes(enc, token.item())
+                    text = raw.decode(errors="replace")
+                    if any(stop in text for stop in stops):
+                        break
+                texts.append(min((text.split(stop)[0] for stop in stops if stop), key=len, default=text))
+            return texts
+
+    return TaskModel()
+
+
+def score_tasks(
+    runs: dict[str, GPT],
+    encs: dict,
+    tasks: dict,
+    todo: list[tuple[str, Plan]],
+    batch_size: int,
+    limit: int | None = None,
+) -> list[dict]:
+    """One row per run, plan, task (or group of tasks) and metric. Every plan sees the same documents, the
+    first `limit` of each task, and the same few-shot examples."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+    from lm_eval.evaluator import evaluate
+
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork this process
+    progress, rows = Progress("scoring", len(todo)), []
+    for done, (name, plan) in enumerate(todo):
+
+        def tell(share: float, done=done, note=f"{name} {plan.spec}"):
+            progress(done + share, note)
+
+        random.seed(DEFAULT_RANDOM_SEED)
+        np.random.seed(DEFAULT_OTHER_SEED)
+        for task in tasks["tasks"].values():
+            task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+        lm = task_model(runs[name], encs[name], plan, batch_size, tell)
+        with redirect_stdout(sys.stderr):
+            found = evaluate(lm, tasks, limit=limit, bootstrap_iters=1000, log_samples=False)["results"]
+        for task, values in found.items():
+            for key, value in values.items():
+                metric, _, way = key.partition(",")  # "acc,none": a metric, and how answers are read
+                if not way or metric.endswith("_stderr") or not isinstance(value, int | float | np.number):
+                    continue
+                error = values.get(f"{metric}_stderr,{way}")
+                rows.append({
+                    "run": name, "plan": plan.spec, "cache_ratio": plan.cache_ratio,
+                    "task": task, "metric": metric if way == "none" else key, "value": float(value),
+                    "stderr": float(error) if isinstance(error, float | np.number) else None,
+                    "n": values["sample_len"],
+                })  # fmt: skip
+    progress(len(todo))
+    return rows
+
+
+def task_table(rows: list[dict]) -> str:
+    keys = ("run", "plan", "task", "metric")
+    a, b, c, d = (max(len(key), *(len(r[key]) for r in rows)) for key in keys)
+    full = {(r["run"], r["task"], r["metric"]): r["value"] for r in rows if r["plan"] == "full"}
+    lines = [
+        f"{'run':{a}}  {'plan':{b}}  {'cache':>6}  {'task':{c}}  {'metric':{d}}  {'value':17}  above full"
+    ]
+    for r in rows:
+        line = (
+            f"{r['run']:{a}}  {r['plan']:{b}}  {r['cache_ratio']:6.1%}  {r['task']:{c}}  {r['metric']:{d}}  "
+        )
+        value = f"{r['value']:.4f}" + ("" if r["stderr"] is None else f" +- {r['stderr']:.4f}")
+        reference = full.get((r["run"], r["task"], r["metric"]))
+        above = "" if reference is None or r["plan"] == "full" else f"{r['value'] - reference:+.4f}"
+        lines.append(f"{line}{value:17}  {above}".rstrip())
+    return "\n".join(lines)
+
+
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--out_dir", nargs="+", required=True, metavar="RUN", help="the runs to compare")
+    parser.add_argument(
+        "--out_dir",
+        nargs="+",
+        required=True,
+        metavar="RUN",
+        help="the runs to compare; with --tasks also hf:FOLDER, a Hugging Face folder with its tokenizer",
+    )
     parser.add_argument(
         "--plans",
         nargs="+",
         metavar="SPEC",
-        help="plans to score [kept layers from all to one, yoco, fusedkv-lite]",
+        help="plans to score; auto:0.5 is the best that --search found within half the cache "
+        "[kept layers from all to one, yoco, fusedkv-lite]",
     )
     parser.add_argument(
         "--windows", type=int, default=128, help="held-out windows of the context length [128]"
     )
     parser.add_argument("--batch_size", type=int, default=16, help="windows at a time [16]")
     parser.add_argument(
-        "--save_dir", help="where sweep.jsonl and the picture go [the run's folder, or that around several]"
+        "--save_dir",
+        help="where sweep.jsonl and the picture or tasks.jsonl go [the run's folder, or that around several]",
     )
     parser.add_argument(
         "--search", action="store_true", help="find good plans for every cache size on training text"
     )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="NAME",
+        help="lm-eval's tasks to score on, for example arc_easy hellaswag",
+    )
+    parser.add_argument("--task_dir", help="a folder of yaml files that define further tasks for --tasks")
+    parser.add_argument("--limit", type=int, help="only the first documents of each task, so many [all]")
     parser.add_argument("--data_dir", help="where tokenized corpora live [as in training]")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... [auto]")
     args = parser.parse_args()
     if min(args.windows, args.batch_size) < 1:
         raise UserError("--windows and --batch_size must be 1 or more")
-    runs, tokens = load_runs(args.out_dir, pick_device(args.device), args.data_dir)
-    around = os.path.commonpath([os.path.abspath(path) for path in args.out_dir])
+    if args.tasks and args.search:
+        raise UserError(
+            "--search and --tasks exclude each other; search first, then --plans auto:0.5 --tasks"
+        )
+    if not args.tasks and (args.task_dir or args.limit is not None):
+        raise UserError("--task_dir and --limit need --tasks")
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit} is not valid; it must be 1 or more")
+    if not args.tasks and any(path.startswith("hf:") for path in args.out_dir):
+        raise UserError("hf: folders have no held-out text to score; give --tasks")
+    device, paths = pick_device(args.device), [path.removeprefix("hf:") for path in args.out_dir]
+    if args.tasks:
+        tasks = load_tasks(args.tasks, args.task_dir)
+        runs, encs = load_beside_tokenizers(args.out_dir, device)
+    else:
+        runs, tokens = load_runs(args.out_dir, device, args.data_dir)
+    around = os.path.commonpath([os.path.abspath(path) for path in paths])
     folder = Path(args.save_dir or os.path.relpath(around))
     found = {}
     for path, (name, model) in zip(args.out_dir, runs.items()) if args.search else ():
@@ -313,7 +586,22 @@ def main():
         checksum = sealed({"rows": rows})["checksum"]  # in every row, so that a lost one is missed
         write_lines([row | {"checksum": checksum} for row in rows], Path(path) / "search.jsonl")
         found[name] = [plan for plan, _ in plans]
-    rows = score(runs, tokens, args.plans, args.windows, args.batch_size, found)
+    autos = [spec for spec in args.plans or () if spec.partition(":")[0] == "auto"]
+    specs = args.plans and [spec for spec in args.plans if spec not in autos]
+    for path, (name, model) in zip(paths, runs.items()):
+        plans = [Plan.parse(auto_plan(spec, path), model.config.n_layer) for spec in autos]
+        found[name] = found.get(name, []) + plans
+    todo = choose(runs, specs, found)
+    if args.tasks:
+        rows = score_tasks(runs, encs, tasks, todo, args.batch_size, args.limit)
+        scored = {row["task"] for row in rows}
+        parts = {part for group, names in tasks["group_map"].items() if group in scored for part in names}
+        print(task_table([row for row in rows if row["task"] not in parts - set(args.tasks)]))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_lines(rows, folder / "tasks.jsonl")
+        print(f"wrote {folder / 'tasks.jsonl'}")
+        return
+    rows = score(runs, tokens, todo, args.windows, args.batch_size)
     print(table(rows))
     folder.mkdir(parents=True, exist_ok=True)
     write_lines(rows, folder / "sweep.jsonl")
