@@ -309,13 +309,14 @@ def load_tasks(names: list[str], task_dir: str | None = None) -> dict:
     """lm-eval's tasks of these names, with the groups they form: from the yaml files below `task_dir` if all
     are there, else beside its own. UserError (one line) without lm-eval, for an unknown name and for a task
     whose data cannot be had."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # its progress bars; read when tqdm is imported
     try:
         import datasets
+        import lm_eval.api.task
         from lm_eval.tasks import TaskManager
     except ImportError as e:
         raise UserError("--tasks needs the package lm-eval: pip install lm-eval") from e
     datasets.disable_progress_bars()
+    lm_eval.api.task.tqdm = lambda docs, **_: docs  # a bar for every plan and task
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default it takes
     if task_dir and not Path(task_dir).is_dir():
         raise UserError(f"--task_dir {task_dir} is not a folder")
@@ -405,26 +406,29 @@ def task_model(
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     room, eot = model.config.block_size, enc.eot_token
+    start = enc.tokenizer.encode("").ids[:1] if isinstance(enc, data.JsonTokenizer) else []  # Llama's BOS
+    before = start or [eot]  # what stands before a text without context
 
     class TaskModel(TemplateLM):
-        eot_token_id = eot
+        eot_token_id, prefix_token_id = eot, before[0]
 
-        def tok_encode(self, string, add_special_tokens=None, **_):
-            return enc.encode_ordinary(string)
+        def tok_encode(self, string, add_special_tokens=True, **_):
+            return (start if add_special_tokens else []) + enc.encode_ordinary(string)
 
         def loglikelihood(self, requests, disable_tqdm=True):
             return super().loglikelihood(requests, disable_tqdm)
 
         def _loglikelihood_tokens(self, requests, **_):
-            pairs = [(context or [eot], continuation) for _, context, continuation in requests]
+            pairs = [(context or before, continuation) for _, context, continuation in requests]
             return continuations(model, plan, pairs, batch_size, tell)
 
         def loglikelihood_rolling(self, requests, disable_tqdm=True):
-            """Every token of a text is predicted once, the first from the end of text, in windows of
-            block_size; as lm-eval defines it, the last window reaches back for a full context."""
+            """Every token of a text is predicted once, the first from `before`, in windows of block_size; as
+            lm-eval defines it, the last window reaches back for a full context."""
             pairs, owners, totals = [], [], [0.0] * len(requests)
             for i, request in enumerate(requests):
-                for window in get_rolling_token_windows(enc.encode_ordinary(request.args[0]), eot, room, 1):
+                ids = enc.encode_ordinary(request.args[0])
+                for window in get_rolling_token_windows(ids, before[0], room, 1):
                     pairs.append(make_disjoint_window(window))
                     owners.append(i)
             for i, (value, _) in zip(owners, continuations(model, plan, pairs, batch_size, tell)):
@@ -440,9 +444,9 @@ def task_model(
                 if options.get("do_sample"):
                     raise UserError("a task asks for sampled text (do_sample), and --tasks decodes greedily")
                 stops = options.get("until") or []
-                stops = [stops] if isinstance(stops, str) else stops
+                stops = [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop]
                 n = min(options.get("max_gen_toks", 256), room // 2)
-                idx = torch.tensor([enc.encode_ordinary(prompt)[n - room :] or [eot]])
+                idx = torch.tensor([self.tok_encode(prompt)[n - room :] or before])
                 idx, raw, text = idx.to(model.embed.weight.device), b"", ""
                 for token in model.stream(idx, n, temperature=0, plan=plan, exact_prefill=plan.cyclic):
                     if token.item() == eot:
@@ -451,7 +455,7 @@ def task_model(
                     text = raw.decode(errors="replace")
                     if any(stop in text for stop in stops):
                         break
-                texts.append(min((text.split(stop)[0] for stop in stops if stop), key=len, default=text))
+                texts.append(min((text.split(stop)[0] for stop in stops), key=len, default=text))
             return texts
 
     return TaskModel()
@@ -570,7 +574,6 @@ def main():
         raise UserError("hf: folders have no held-out text to score; give --tasks")
     device, paths = pick_device(args.device), [path.removeprefix("hf:") for path in args.out_dir]
     if args.tasks:
-        tasks = load_tasks(args.tasks, args.task_dir)
         runs, encs = load_beside_tokenizers(args.out_dir, device)
     else:
         runs, tokens = load_runs(args.out_dir, device, args.data_dir)
@@ -593,6 +596,7 @@ def main():
         found[name] = found.get(name, []) + plans
     todo = choose(runs, specs, found)
     if args.tasks:
+        tasks = load_tasks(args.tasks, args.task_dir)
         rows = score_tasks(runs, encs, tasks, todo, args.batch_size, args.limit)
         scored = {row["task"] for row in rows}
         parts = {part for group, names in tasks["group_map"].items() if group in scored for part in names}

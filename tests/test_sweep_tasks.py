@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 import socket
 import sys
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from test_train import flags
 import data
 import sweep
 import train
+from hf import save_hf
 
 pytest.importorskip("lm_eval")
 
@@ -167,7 +167,7 @@ def test_generation_stops_where_asked(run, plan):
     long = enc.decode(enc.encode_ordinary(TEXT)[-28:])  # 4 of its tokens' places are needed
     asked = [
         ("def main", {"max_gen_toks": 12}),
-        ("def main", {"max_gen_toks": 12, "until": [stop, "never said"]}),
+        ("def main", {"max_gen_toks": 12, "until": [stop, "never said", ""]}),
         ("def main", {"max_gen_toks": 3, "until": stop}),
         (TEXT, {"max_gen_toks": 4}),
     ]
@@ -184,7 +184,6 @@ def test_tasks_of_local_files_score_runs_and_folders(run, questions, task_dir, t
     """The whole command: a run, and the same as a Hugging Face folder, against the reference."""
     pytest.importorskip("safetensors")
     assert script("hf.py", run, tmp_path / "folder")[0] == 0
-    shutil.copy(run / "tokenizer.tiktoken", tmp_path / "folder")
     names = ("--tasks", "quiz", "prose", "write", "--task_dir", task_dir)
     command = ("sweep.py", "--out_dir", run, f"hf:{tmp_path / 'folder'}", *names, "--save_dir", tmp_path)
     status, out, err = script(*command, "--plans", "full", "keep:0", "--batch_size", 5, "--device", "cpu")
@@ -232,6 +231,42 @@ def test_groups_show_their_mean_and_keep_their_parts(run, task_dir, script):
     assert status == 0 and " both " in out and " quiz " not in out, err
     rows = [json.loads(line) for line in (run / "tasks.jsonl").read_text().splitlines()]
     assert {r["task"] for r in rows} == {"both", "quiz"}
+
+
+@torch.no_grad()
+def test_a_folder_with_a_tokenizer_json(run, tmp_path, refused):
+    """Its tokenizer may begin every text with a token of its own, as Llama's does."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("safetensors")
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([TEXT], vocab_size=280, special_tokens=["<|endoftext|>", "<s>"])
+    save_hf(make_model(vocab_size=300), tmp_path)
+    for first in ("", "<s> "):
+        tokenizer._tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{first}$A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+        )
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        runs, encs = sweep.load_beside_tokenizers([str(run), f"hf:{tmp_path}"], "cpu")
+        assert list(runs) == ["run", tmp_path.name]
+        model = runs[tmp_path.name]
+        lm = sweep.task_model(model, encs[tmp_path.name], model.plan, 4)
+        pairs = [("def main", " Parser"), ("", "def main"), (TEXT[:150], " = x")]
+        for (context, continuation), (value, _) in zip(pairs, lm.loglikelihood(requests(*pairs))):
+            ids, asked = tokenizer.encode(context + continuation).ids, tokenizer.encode(context).ids
+            if not asked:
+                ids, asked = [tokenizer.token_to_id("<|endoftext|>"), *ids], [0]
+            targets, ids = ids[len(asked) :], ids[-33:]
+            logp = model.logits(torch.tensor([ids[:-1]]))[0].log_softmax(-1)[-len(targets) :]
+            assert value == pytest.approx(sum(float(p[i]) for p, i in zip(logp, targets)), rel=1e-4)
+        [text] = lm.generate_until(requests(("def main", {"max_gen_toks": 4})))
+        idx = torch.tensor([tokenizer.encode("def main").ids])
+        new = model.generate(idx, 4, temperature=0)[0, idx.size(1) :].tolist()
+        assert text == encs[tmp_path.name].decode(new)
+    save_hf(make_model(vocab_size=61), tmp_path)
+    assert "more tokens than its model" in refused(
+        "sweep.py", "--out_dir", f"hf:{tmp_path}", "--tasks", "quiz"
+    )
+    assert "names two runs" in refused("sweep.py", "--out_dir", run, f"hf:{run}", "--tasks", "quiz")
 
 
 def test_mistakes_get_one_line(run, task_dir, tmp_path, refused, monkeypatch):
