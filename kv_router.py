@@ -58,7 +58,7 @@ class Plan:
     def spec(self) -> str:
         """The canonical notation: equal plans have equal specs, and parsing it gives the plan back."""
         own = [i for i, r in enumerate(self.routes) if r == _own(i)]
-        named = ["full", "fusedkv", "fusedkv-lite"] if len(self) > 1 else ["full"]
+        named = ["full", "shared-v", "fusedkv", "fusedkv-lite"] if len(self) > 1 else ["full"]
         if 0 in own:
             named.append("keep:" + ",".join(map(str, own)))
         for spec in named:
@@ -139,6 +139,7 @@ yoco               the lower half own their KV, the upper half reads the last of
 pizza-bottom:l     l KV layers: l-1 own ones below, one group above them (l = half is YOCO)
 sandwich-top:l     l KV layers: own layers below and above, one group between (top is LCKV)
 lasagna-middle:l   l equal groups; each of the three takes -bottom, -middle or -top, the layer a group reads
+shared-v           every layer reads its own K and layer 0's V
 fusedkv            the upper half fuses the K and V of layer 0 and of the middle (FusedKV)
 fusedkv-lite       the upper half reads the middle layer's K and layer 0's V (FusedKV-Lite)
 0_0_2_2            explicit, one source layer per layer
@@ -183,6 +184,8 @@ def _parse(spec: str, n_layer: int) -> list[Route]:
 
     if spec == "full":
         return _read(layers)
+    if spec == "shared-v":
+        return [Route((i,), (0,)) for i in layers]
     if spec == "yoco":
         return _read([min(i, half - 1) for i in layers])
     if spec == "fusedkv":
@@ -245,25 +248,33 @@ class StochasticRouter:
     """Random cross-layer attention (arXiv 2604.22782): the plan a training step runs under.
 
     Every layer i >= 1 keeps its own KV with probability 1 - p and otherwise reads that of a layer drawn
-    uniformly from 0 .. i-1; with `above`, every layer does and draws from all others. `plan(step)` is a
-    pure function of (seed, step): a resumed run and every rank of a distributed one draw the same."""
+    uniformly from 0 .. i-1; with `above`, every layer does and draws from all others. `base` is the plan to
+    start from: a layer follows its own route there, or that of the layer drawn. `plan(step)` is a pure
+    function of (seed, step): a resumed run and every rank of a distributed one draw the same."""
 
     n_layer: int
     p: float
     seed: int = 0
     above: bool = False
+    base: str = "full"
 
     def __post_init__(self):
         if not 0 <= self.p <= 1:
             raise PlanError(f"router_p {self.p} is not a probability; valid are 0 to 1, for example 0.5")
+        base = Plan.parse(self.base, self.n_layer)
+        if base.cyclic or any(len(r.k + r.v) > 2 for r in base.routes):
+            raise PlanError(
+                f"router_p {self.p} draws among the routes of {self.base!r}, which iterates or fuses; "
+                "valid are plans that do neither, for example full or shared-v"
+            )
 
     def plan(self, step: int) -> Plan:
         rng = random.Random(f"{self.seed}:{step}")  # seeded by the string's SHA-512: the same everywhere
-        sources = []
+        base, routes = Plan.parse(self.base, self.n_layer), []
         for i in range(self.n_layer):
             others = [j for j in range(self.n_layer if self.above else i) if j != i]
-            sources.append(rng.choice(others) if others and rng.random() < self.p else i)
-        return Plan(tuple(_read(sources)))
+            routes.append(base[rng.choice(others) if others and rng.random() < self.p else i])
+        return Plan(tuple(routes))
 
 
 # --- costs ------------------------------------------------------------------------------------------------

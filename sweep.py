@@ -35,11 +35,17 @@ from model import GPT
 from train import bits_per_byte, load_run, pick_device, window_losses
 
 
-def ladder(n_layer: int) -> list[str]:
-    """The plans that show how loss depends on cache size: evenly spread kept layers from all to one, and the
-    two half-cache plans that store the lower half."""
+def ladder(built: Plan) -> list[str]:
+    """The plans that show how loss depends on cache size, for a model built for one: where every layer has
+    its own K, evenly spread kept layers from all to one (another follows the nearest kept one below), and for
+    `full` the two half-cache plans that store the lower half."""
+    n_layer = len(built)
+    if any(route.k != (i,) for i, route in enumerate(built.routes)):
+        return [built.spec]
     kept = dict.fromkeys(max(1, round(n_layer * share)) for share in (1, 0.75, 0.5, 0.25, 0.125))
-    specs = [f"lasagna-bottom:{n}" for n in kept] + (["yoco", "fusedkv-lite"] if n_layer > 1 else [])
+    sources = [[r.k[0] for r in Plan.parse(f"lasagna-bottom:{n}", n_layer).routes] for n in kept]
+    specs = [Plan(tuple(built[j] for j in layers)).spec for layers in sources]
+    specs += ["yoco", "fusedkv-lite"] if built.spec == "full" and n_layer > 1 else []
     return list(dict.fromkeys(Plan.parse(spec, n_layer).spec for spec in specs))
 
 
@@ -120,8 +126,7 @@ def choose(
     todo, lacking = [], []
     for name, model in runs.items():
         n_layer, built = model.config.n_layer, model.plan.spec
-        default = ladder(n_layer) if built == "full" else [built]
-        plans = [Plan.parse(spec, n_layer) for spec in (default if specs is None else specs)]
+        plans = [Plan.parse(spec, n_layer) for spec in (ladder(model.plan) if specs is None else specs)]
         if built == "full":
             plans = [model.plan] + [p for p in plans if p != model.plan]
         for plan in dict.fromkeys(plans + found.get(name, [])):

@@ -61,7 +61,7 @@ class TrainConfig:
     # the model
     plan: str = setting("full", "KV-sharing plan to build and train; python kv_router.py --help lists them")
     router_p: float = setting(
-        0.0, "stochastic KV routing: chance that a layer reads a random lower layer's KV; 0 is off"
+        0.0, "stochastic KV routing: chance that a layer reads what a random lower one reads; 0 is off"
     )
     router_above: bool = setting(False, "stochastic routing may also read layers above, which iterates")
     forward_passes: int = setting(7, "cyclic plans: passes without gradient")
@@ -434,10 +434,6 @@ def settings() -> tuple[TrainConfig, Path, dict | None]:
         raise UserError(f"--min_lr {c.min_lr} is above --learning_rate {c.learning_rate}; lower it too")
     if c.router_above and not c.router_p:
         raise UserError("--router_above goes with --router_p; give both")
-    if c.router_p and Plan.parse(c.plan, c.n_layer).spec != "full":
-        raise UserError(
-            "--router_p trains one model for all plans and --plan one for a single plan; give one of them"
-        )
     if c.batch_size % RANKS:
         raise UserError(f"--batch_size {c.batch_size} cannot be divided among {RANKS} ranks; give a multiple")
     if c.shard and RANKS == 1:
@@ -549,7 +545,7 @@ def main():
     c, path, checkpoint = settings()
     device = join_ranks(pick_device(c.device))
     dtype, reason = pick_dtype(c.dtype, device)
-    router = StochasticRouter(c.n_layer, c.router_p, c.seed, c.router_above) if c.router_p else None
+    router = StochasticRouter(c.n_layer, c.router_p, c.seed, c.router_above, c.plan) if c.router_p else None
     sizes = model_config(c, vocab_size=1)  # a mistake shows before a corpus is made
     n_params = costs(Plan.parse(c.plan, c.n_layer), sizes).params
     memory = device_memory(device) * (RANKS if c.shard else 1)
@@ -618,7 +614,7 @@ def main():
         run_file.truncate(0)
         run_file.write(json.dumps(info, indent=1) + "\n")
         run_file.flush()
-    how = f"stochastic routing, p = {c.router_p}" if router else f"plan {c.plan}"
+    how = f"plan {c.plan}" + (f" with stochastic routing, p = {c.router_p}" if router else "")
     print(f"{c.out_dir}: {n_params:,} parameters, {how}, {c.max_iters} steps of {tokens_per_step:,} tokens")
     compiled = "compiled" if c.compile else "not compiled"
     print(f"{device_name}, {str(dtype).removeprefix('torch.')} ({reason}), {compiled}")

@@ -28,6 +28,7 @@ def sources(spec: str, n_layer: int) -> str:
         ("cla:3", 8, "0 0 0 3 3 3 6 6"),
         ("yoco", 8, "0 1 2 3 3 3 3 3"),
         ("yoco", 5, "0 1 1 1 1"),
+        ("shared-v", 4, "0 1/0 2/0 3/0"),
         ("fusedkv", 8, "0 1 2 3 0+3 0+3 0+3 0+3"),
         ("fusedkv", 7, "0 1 2 0+2 0+2 0+2 0+2"),
         ("fusedkv", 2, "0 0"),  # bottom and middle are one layer: nothing to fuse
@@ -160,6 +161,18 @@ def test_router_is_a_pure_function_of_seed_and_step():
     code = "from kv_router import *; print(StochasticRouter(8, 0.5, seed=1).plan(7).spec)"
     other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert other.stdout.strip() == forwards[7].spec  # another process, another hash seed
+
+
+def test_router_draws_among_the_routes_of_its_plan():
+    """Every layer follows its own route or that of a lower layer, drawn as with the full plan."""
+    full, base = StochasticRouter(8, 0.5, seed=1), Plan.parse("shared-v", 8)
+    for step in range(50):
+        read = [r.k[0] for r in full.plan(step).routes]
+        routed = StochasticRouter(8, 0.5, seed=1, base="shared-v").plan(step)
+        assert routed.routes == tuple(base[j] for j in read) and routed.v_layers == (0,)
+    for spec in ("fusedkv", "pizza-top:2"):
+        with pytest.raises(PlanError, match="iterates or fuses"):
+            StochasticRouter(8, 0.5, base=spec)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])

@@ -247,7 +247,7 @@ def test_mistakes_get_one_line_and_leave_nothing(corpus, tmp_path, refused, trai
     assert "backward_passes 0 is not valid" in bad(backward_passes=0)
     assert "forward_passes -1 is not valid" in bad(forward_passes=-1)
     assert "not a probability" in bad(router_p=1.5)
-    assert "give one of them" in bad(router_p=0.5, plan="yoco")
+    assert "iterates or fuses" in bad(router_p=0.5, plan="fusedkv")
     assert "must be 1 or more" in bad(batch_size=0)
     assert "must be 1 or more" in bad(n_layer=0)
     assert "not a multiple" in bad(n_head=3)
