@@ -142,7 +142,7 @@ def bandwidth(x: Tensor) -> float:
 
 def largest_batch(contender: Ours, context: int, memory: float) -> int:
     """How many sequences of `context` tokens the cache holds in `memory` bytes."""
-    positions = -(-context // kernels.BLOCK) * kernels.BLOCK
+    positions = max(2, -(-context // kernels.BLOCK)) * kernels.BLOCK
     weight = contender.model.embed.weight
     predicted = costs(contender.plan, contender.model.config, bytes_per_value=weight.itemsize)
     need = positions * predicted.cache_bytes_per_token
@@ -318,7 +318,7 @@ def training(args, device: str, dtype: torch.dtype) -> list[dict]:
     ways = {"normal": "full", "stochastic p=0.5": "full", "fusedkv": "fusedkv"}
     ways["cyclic, 7 + 2 passes"] = f"sandwich-top:{half}"
     router = StochasticRouter(sizes["n_layer"], 0.5)
-    steps, flops, times, memory = {}, {}, {name: [] for name in ways}, {}
+    steps, flops, times = {}, {}, {name: [] for name in ways}
     for name, plan in ways.items():
         torch.manual_seed(0)
         model = GPT(GPTConfig(**sizes, plan=plan, block_size=args.block_size)).to(device)
@@ -402,9 +402,15 @@ def main():
     for name, low in (("new_tokens", 2), ("batch", 1), ("repeats", 1), ("block_size", 1)):
         if getattr(args, name) < low:
             raise UserError(f"--{name} {getattr(args, name)} is not valid; it must be {low} or more")
-    if min(args.prompts) < 1 or (args.memory_gb is not None and args.memory_gb <= 0):
-        raise UserError("--prompts and --memory_gb must be above 0")
+    if min(args.prompts) < 1:
+        raise UserError(f"--prompts {min(args.prompts)} is not valid; it must be 1 or more")
     device = pick_device(args.device)
+    total = device_memory(device)
+    if args.memory_gb is not None and not 0 < 1e9 * args.memory_gb <= total:
+        have = f"{device} has {human(total, 'B')}"
+        raise UserError(f"--memory_gb {args.memory_gb:g} is not valid; it must be above 0, and {have}")
+    if args.memory_gb and args.new_tokens > max(args.prompts):
+        raise UserError(f"--memory_gb needs --prompts of {args.new_tokens} or more, as many as --new_tokens")
     dtype, _ = pick_dtype(args.dtype, device)
     where = device + f", {torch.get_num_threads()} threads" * (device == "cpu")
     where = torch.cuda.get_device_name(device) if device.startswith("cuda") else where
@@ -438,9 +444,12 @@ def main():
             )
     model = model.to(device, dtype).eval()
     names = args.plans or [p for p in PLANS if model.config.n_layer > 3 or p == "full"]
+    if not args.plans and model.plan.spec != "full":
+        names = [model.plan.spec]
+    if args.peer and model.plan.spec != "full":
+        raise UserError(f"--peer hf knows no sharing, and {args.out_dir} was built for {model.plan.spec!r}")
     specs = [auto_plan(spec, args.out_dir or "") for spec in names]
     contenders = [Ours(model, spec) for spec in dict.fromkeys(specs)]
-    total = device_memory(device)
     for contender in contenders:
         cost = costs(contender.plan, model.config, bytes_per_value=model.embed.weight.itemsize)
         cache = args.batch * need * cost.cache_bytes_per_token

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import field, fields
 from pathlib import Path
 
-from kv_router import PlanError
+from kv_router import PlanError, human
 
 
 class UserError(ValueError):
@@ -62,8 +63,9 @@ def run(main: Callable[[], None]):
         sys.stdout.reconfigure(errors="replace")
 
     def fail(message: str):
-        if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks meet the same mistake
-            print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        where = name if rank == "0" else f"{name} on rank {rank}"
+        print(f"{where}: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up as Ctrl-C does
@@ -81,7 +83,13 @@ def run(main: Callable[[], None]):
     except (MemoryError, RuntimeError) as e:  # torch's allocators raise RuntimeErrors, known by their text
         if not isinstance(e, MemoryError) and not re.search("out of memory|allocate memory", str(e)):
             raise
-        fail(f"out of memory ({first_line(e)[-150:]}); lower --batch_size, or the sizes of the model")
+        torch = sys.modules.get("torch")
+        if torch and torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        what = f"out of memory, after a peak of {human(peak, 'B')} ({first_line(e)[:200]})"
+        fail(f"{what}; lower the batch (--batch_size; of bench.py --batch), or the sizes of the model")
     except KeyboardInterrupt:
         print(f"\n{name}: stopped", file=sys.stderr)
         sys.exit(130)

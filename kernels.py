@@ -89,7 +89,7 @@ def decode_attention(
     return out.view(B, n_head, 1, d).type_as(q)
 
 
-def head(store: Tensor, n: int) -> Tensor:
+def first_blocks(store: Tensor, n: int) -> Tensor:
     """The first n of a cache's blocks, of which a compiled function may see any number but one."""
     blocks = store[:n]
     torch._dynamo.mark_dynamic(blocks, 0)
@@ -116,7 +116,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return (y if bias is None else y + bias).type_as(x)
 
 
-LOGITS = 1 << 24  # of these, as many rows as fit are computed at once: they never all exist
+LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # rows of so many in all are computed at once
+
+
+def rows_at_once(weight: Tensor) -> int:
+    """Positions whose logits exist at the same time: enough to keep the device busy, never all of a batch."""
+    return max(1, LOGITS.get(weight.device.type, LOGITS["cpu"]) // weight.size(0))
 
 
 def loss_chunk(x: Tensor, weight: Tensor, targets: Tensor, scale: float | None):
@@ -139,7 +144,7 @@ class MeanCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, chunk):
         dx, dw, total = torch.empty_like(x), torch.zeros_like(weight), 0.0
-        rows = max(1, LOGITS // weight.size(0))
+        rows = rows_at_once(weight)
         for part in range(0, len(x), rows):
             here = slice(part, part + rows)
             losses, dx[here], d = chunk(x[here], weight, targets[here], 1 / len(x))
@@ -162,7 +167,7 @@ def mean_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk=loss_ch
 
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk=loss_chunk) -> Tensor:
     """Loss of every position in nats, (B, T) float32, from the same arguments."""
-    rows = max(1, LOGITS // weight.size(0))
+    rows = rows_at_once(weight)
     parts = zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows))
     return torch.cat([chunk(a, weight, b, None)[0] for a, b in parts]).view_as(targets)
 
@@ -195,11 +200,11 @@ def compile_decode(model: torch.nn.Module) -> None:
 class CudaGraph:
     """One decode step of `model` with `cache`, recorded and then replayed: the GPU does not wait for Python.
     Its sizes never change: it reads the position from a tensor and always all blocks of the cache, of which
-    `decode_attention` masks the rest. Called as the step is: idx (B, 1) -> logits (B, 1, vocab), which the
-    next call overwrites."""
+    `decode_attention` masks the rest. Called with the same cache, which it does not hold, or neither would
+    ever be freed: idx (B, 1) -> logits (B, 1, vocab), which the next call overwrites."""
 
     def __init__(self, model: torch.nn.Module, cache, idx: Tensor):
-        self.cache, self.idx, length = cache, idx.clone(), cache.length
+        self.idx, length = idx.clone(), cache.length
         self.position = cache.position = torch.full((1,), length, device=idx.device)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -213,9 +218,9 @@ class CudaGraph:
             self.logits = model(self.idx, cache=cache)[0]
         cache.length, cache.position = length, None  # steps outside of the graph count for themselves
 
-    def __call__(self, idx: Tensor) -> Tensor:
+    def __call__(self, cache, idx: Tensor) -> Tensor:
         self.idx.copy_(idx)
-        self.position.fill_(self.cache.length)
+        self.position.fill_(cache.length)
         self.graph.replay()
-        self.cache.length += 1
+        cache.length += 1
         return self.logits

@@ -6,6 +6,7 @@ Shapes: B sequences, T positions, C = n_embd features, nh query and nkv key/valu
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -186,7 +187,9 @@ class KVCache:
     def filled(self, route: Route, end: int) -> tuple[list[Tensor], list[Tensor]]:
         """The blocks that hold positions 0 .. end - 1 of the sources of a layer's route."""
         n = max(2, -(-end // kernels.BLOCK)) if self.position is None else None
-        return [kernels.head(self.k[j], n) for j in route.k], [kernels.head(self.v[j], n) for j in route.v]
+        return [kernels.first_blocks(self.k[j], n) for j in route.k], [
+            kernels.first_blocks(self.v[j], n) for j in route.v
+        ]
 
     def read(self, layer: int, end: int) -> tuple[Tensor | None, Tensor | None]:
         """Copies of a layer's keys and values of positions 0 .. end - 1, (B, nkv, end, d) each."""
@@ -217,10 +220,7 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.embed.weight
         self._set_rope()
-        self.compiled, self.loss_chunk = (
-            False,
-            kernels.loss_chunk,
-        )  # see kernels.compile_decode, compile_model
+        self.compiled, self.loss_chunk = False, kernels.loss_chunk  # see kernels.compile_decode, _model
 
     def _set_rope(self):
         c = self.config
@@ -437,6 +437,11 @@ class GPT(nn.Module):
                 f"{self.config.block_size} tokens (1 prompt token at least)"
             )
         plan = self.resolve(cache.plan if plan is None and cache is not None else plan)
+        if cache is not None and cache.length + T + max_new_tokens - 1 > cache.max_len:
+            raise ValueError(
+                f"{T} tokens and {max_new_tokens} new ones do not fit a cache of {cache.max_len} positions, "
+                f"{cache.length} of them taken; make a longer one"
+            )
         if cache is None:
             cache = KVCache(self.config, plan, B, T + max_new_tokens, self.embed.weight.dtype, idx.device)
 
@@ -449,7 +454,8 @@ class GPT(nn.Module):
         idx = idx[:, -1:] if exact_prefill else idx
         for n in range(max_new_tokens):
             if n > 0 and self.compiled and idx.is_cuda:
-                step = cache.graph = cache.graph or kernels.CudaGraph(self, cache, idx)
+                cache.graph = cache.graph or kernels.CudaGraph(self, cache, idx)
+                step = partial(cache.graph, cache)
             logits = step(idx)[:, -1].float()  # (B, vocab)
             if temperature == 0:
                 idx = logits.argmax(-1, keepdim=True)

@@ -391,7 +391,7 @@ def continuations(
         sizes = [len(pairs[i][1]) for i, _, _ in asked]
         x = torch.cat([h[end - n : end] for n, (_, end, h) in zip(sizes, asked)])  # (N, C)
         targets = torch.tensor([token for i, _, _ in asked for token in pairs[i][1]], device=device)  # (N,)
-        losses, hits, some = [], [], max(1, kernels.LOGITS // model.config.vocab_size)
+        losses, hits, some = [], [], kernels.rows_at_once(model.embed.weight)
         for h, target in zip(x.split(some), targets.split(some)):
             logits = model.head(h).float()
             losses.append(F.cross_entropy(logits, target, reduction="none"))

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -196,6 +197,8 @@ def pick_device(name: str) -> str:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name} is not to be had here ({first_line(e)}); use --device auto") from e
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)  # streams and events belong to the current one
     return name
 
 
@@ -242,7 +245,10 @@ def join_ranks(device: str) -> str:
     if RANKS == 1:
         return device
     if device.startswith("cuda"):
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= there:
+            raise UserError(f"torchrun started more processes than the {there} GPUs; lower --nproc_per_node")
+        device = f"cuda:{local}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return device
@@ -270,14 +276,15 @@ def average_gradients(params: Iterable[Tensor]) -> None:
         g /= RANKS
 
 
-def shard(model: GPT) -> None:
+def shard(model: GPT, device: str) -> None:
     """FSDP2: every rank keeps its part of each weight, gradient and moment, and gathers a layer's weights
-    while that layer runs."""
+    while that layer runs. No device ever holds the whole model: layers move there one by one."""
+    mesh = init_device_mesh(device.split(":")[0], (RANKS,))
     warnings.filterwarnings("ignore", ".*returned a view tensor")  # values are one; nothing writes into them
     for block in model.blocks:
-        fully_shard(block)
+        fully_shard(block, mesh=mesh)
         register_fsdp_forward_method(block, "kv")  # a layer runs in two steps
-    fully_shard(model)
+    fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "losses")
 
 
@@ -349,7 +356,7 @@ class Muon(torch.optim.AdamW):
                 whole = [m.full_tensor() if isinstance(m, DTensor) else m for _, m in pairs]
                 for (p, _), update in zip(pairs, orthogonal(torch.stack(whole))):
                     if isinstance(p, DTensor):
-                        update = distribute_tensor(update, p.device_mesh, p.placements)
+                        update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
         super().step()
@@ -553,10 +560,10 @@ def main():
         need = f"{human(n_params)} parameters need {human(16 * n_params, 'B')} to train"
         raise UserError(f"{need} and {device} has {human(memory, 'B')}; lower --n_layer or --n_embd")
     folder = Path(c.data_dir) / c.dataset
-    if not folder.exists() and not checkpoint:  # a path in a checkpoint is not one to write to
-        if RANK == 0:
-            data.prepare_dataset(c.dataset, folder)
-        over_ranks(torch.zeros(1, device=device))  # wait for it
+    if RANK == 0 and not folder.exists() and not checkpoint:  # a checkpoint's path is not one to write to
+        data.prepare_dataset(c.dataset, folder)
+    if RANKS > 1:
+        dist.barrier()
     train, val = (data.Tokens(folder, split, c.block_size) for split in ("train", "val"))
     corpus = train.meta["train"]["sha256"]
 
@@ -579,12 +586,12 @@ def main():
                 f"{c.out_dir}: all {start} steps are done, best val {best:.4f} nats/token; more: --max_iters"
             )
             return
-    model.to(device)
     n_params = sum(p.numel() for p in model.parameters())
     if c.compile:
         kernels.compile_model(model)
     if c.shard:
-        shard(model)
+        shard(model, device)
+    model.to(device)
     optimizer = make_optimizer(model, c)
     if checkpoint:
         restore(optimizer, checkpoint, path)
@@ -592,10 +599,8 @@ def main():
     out = Path(c.out_dir) if RANK == 0 else Path(os.devnull)
     device_name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     tokens_per_step = c.batch_size * c.gradient_accumulation_steps * c.block_size
-    peak, sequence_flops = (
-        matmul_peak(device, dtype),
-        costs(model.plan, model.config, c.block_size).train_flops,
-    )
+    peak = matmul_peak(device, dtype)
+    sequence_flops = costs(model.plan, model.config, c.block_size).train_flops
     info = {
         "command": shlex.join(sys.argv), "commit": git_commit(), "python": platform.python_version(),
         "torch": torch.__version__, "device": device_name, "threads": torch.get_num_threads(),
@@ -693,8 +698,9 @@ def main():
         paused = time.monotonic()
         if RANKS > 1 and over_ranks(torch.tensor(len(interrupted), device=device), "MAX"):
             interrupted = interrupted or [signal.SIGTERM]  # some rank was: all stop at the same step
+        leaving = bool(interrupted)  # a signal that comes later in this step is heard at the next
         due, is_best = step % c.eval_interval == 0 or step == c.max_iters, False
-        if due or interrupted:
+        if due or leaving:
             check(step)
         if due and not (checkpoint and step == start):  # that one is on record
             loss = goal = evaluate(step)
@@ -702,19 +708,17 @@ def main():
             if router:  # full caches are only one of the plans it trains: the best step is best over draws
                 goal = row["val_loss_routed"] = evaluate(step, router.plan)
             log(step=step, **row, tokens=step * tokens_per_step, time=clock())
-            if (
-                step or not c.max_iters
-            ):  # of the steps that are saved: then there are two checkpoints to rely on
+            if step or not c.max_iters:  # of the steps that are saved: two checkpoints to rely on
                 is_best, best = goal < best, min(goal, best)
             note = f"  {goal:.4f} over drawn plans" if router else ""
             text = f"step {step:5}  val {loss:.4f} nats/token  {row['val_bpb']:.4f} bits/byte{note}"
             print(text, flush=True)
-        if (due and (step > start or step == c.max_iters)) or interrupted:
+        if (due and (step > start or step == c.max_iters)) or leaving:
             save(step, is_best)
         if c.sample_interval and step > start and step % c.sample_interval == 0:
-            show_sample(model, out, device)
+            show_sample(model, folder, device)
         timed_since += time.monotonic() - paused
-        if step == c.max_iters or interrupted:
+        if step == c.max_iters or leaving:
             break
 
         lr = learning_rate(step, c)
@@ -760,7 +764,7 @@ def main():
 
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
-    if interrupted:
+    if leaving:
         command = f"python train.py --out_dir={c.out_dir} --init_from=resume"
         print(f"stopped and saved after step {step}; go on: {command}")
         sys.exit(128 + interrupted[0])
@@ -769,9 +773,9 @@ def main():
     print(f"{c.out_dir}: {duration(clock())}, best val {best:.4f} nats/token, {bpb:.4f} bits/byte{over}")
 
 
-def show_sample(model: GPT, out: Path, device: str):
+def show_sample(model: GPT, folder: Path, device: str):
     """A few lines of text, uncompiled: sampling changes shapes at every step."""
-    enc = data.load_tokenizer(out)
+    enc = data.load_tokenizer(folder)
     prompt = torch.tensor([[enc.eot_token]], device=device)
     with torch.compiler.set_stance("force_eager"):
         ids = model.generate(prompt, min(64, model.config.block_size - 1), temperature=0.8, top_k=50, seed=0)

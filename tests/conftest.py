@@ -1,6 +1,7 @@
 """What several test files share: every plan family, small models, a small corpus, running a script."""
 
 import importlib
+import random
 import re
 import sys
 from collections import Counter
@@ -56,10 +57,20 @@ def make_model(plan: str = "full", seed: int = 0, **sizes) -> GPT:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """This repository's own source as a tokenized corpus of 512 tokens, in DATA_DIR/own."""
+    """Twelve documents of made-up code, always the same, with a vocabulary of 512 tokens, in DATA_DIR/own."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz_", k=rng.randint(2, 9))) for _ in range(400)]
+
+    def function() -> str:
+        name, x, y, other = rng.choices(words, k=4)
+        body = "".join(
+            f"    {x} = {rng.choice(words)}({y}, {rng.randrange(100)})\n" for _ in range(rng.randrange(6))
+        )
+        return f"def {name}({x}, {y}):\n{body}    return {other}({x}) + {y}\n\n"
+
+    texts = ["".join(function() for _ in range(150)) for _ in range(12)]
     folder = tmp_path_factory.mktemp("data") / "own"
-    texts = [path.read_text() for path in sorted(ROOT.glob("*.py"))]
-    data.prepare(folder, lambda: texts, "bpe:512", "this repository")
+    data.prepare(folder, lambda: texts, "bpe:512", "made up")
     return folder
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo
 from conftest import acyclic_plans, make_model
 
 import kernels
@@ -298,8 +299,10 @@ def test_a_long_prompt_needs_bounded_memory():
 
 
 @torch.no_grad()
-def test_compiled_decode_equals_uncompiled_and_never_compiles_again():
+def test_compiled_decode_equals_uncompiled_and_never_compiles_again(monkeypatch):
     """Every attention form, over block borders; then other prompts, lengths and caches of the same plans."""
+    # Beyond the limit torch would quietly run uncompiled, and count nothing.
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     for spec, B in (("fusedkv", 2), ("sandwich-middle:2", 1)):
         idx = tokens(B, 320)
         model = make_model(spec, block_size=320, qkv_bias=True, qk_norm=True)
@@ -329,7 +332,7 @@ def test_loss_is_the_cross_entropy_of_the_logits():
 @pytest.mark.parametrize("rows", [1, 5, 1000])
 def test_the_loss_by_chunks_has_the_gradients_of_the_whole(rows, monkeypatch):
     """With a gradient from above that is not one; and no tensor holds more logits than a chunk's."""
-    monkeypatch.setattr(kernels, "LOGITS", 61 * rows)
+    monkeypatch.setitem(kernels.LOGITS, "cpu", 61 * rows)
     torch.manual_seed(0)
     x, w = torch.randn(2, 9, 16, requires_grad=True), torch.randn(61, 16, requires_grad=True)
     targets = tokens(2, 9)
@@ -454,8 +457,9 @@ def test_bad_sizes():
             GPTConfig(**sizes)
 
 
-def test_compiled_pieces_serve_every_plan():
+def test_compiled_pieces_serve_every_plan(monkeypatch):
     """Compiled equals uncompiled, and after the first plans new ones compile nothing."""
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     model = make_model(n_layer=6)
     idx = tokens(2, 16)
     router = StochasticRouter(6, 0.5)

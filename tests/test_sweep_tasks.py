@@ -118,7 +118,7 @@ def test_log_likelihoods_of_choices(run, questions, plan, monkeypatch):
     whole = [pair if pair[0].strip() else ("", "".join(pair)) for pair in pairs]
     expected = [reference(model, enc, plan, *pair) for pair in whole]
     for batch_size, at_once in ((4, 1000), (64, 1 << 24)):
-        monkeypatch.setattr(sweep.kernels, "LOGITS", at_once)
+        monkeypatch.setitem(sweep.kernels.LOGITS, "cpu", at_once)
         lm = sweep.task_model(model, enc, model.resolve(plan), batch_size)
         values, greedy = zip(*lm.loglikelihood(requests(*pairs)))
         assert values == pytest.approx([value for value, _ in expected], rel=1e-4, abs=1e-4)
