@@ -1,5 +1,6 @@
-# make demo   from nothing to the picture: environment, corpus, three models, sweep, samples
-# make test   lint and tests
+# make demo     from nothing to the picture: environment, corpus, three models, sweep, samples
+# make results  the papers' claims in miniature: RESULTS.md
+# make test     lint and tests
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -7,7 +8,7 @@ DEMO := out/demo
 # A run that was stopped goes on where it was; a finished one is left alone.
 from = --init_from=$(if $(wildcard $(DEMO)/$(1)/*.pt),resume,scratch)
 
-.PHONY: demo test
+.PHONY: demo results test
 
 demo: .venv/installed
 	$(PY) train.py config/demo.toml --out_dir=$(DEMO)/normal $(call from,normal)
@@ -16,6 +17,9 @@ demo: .venv/installed
 	$(PY) sweep.py --out_dir $(DEMO)/normal $(DEMO)/stochastic $(DEMO)/fusedkv
 	$(PY) sample.py --out_dir $(DEMO)/stochastic --plan full --plan cla:2 --plan keep:0 --start "def main(" --max_new_tokens 64
 	@echo "look at $(DEMO)/cache_vs_loss.png"
+
+results: .venv/installed
+	$(PY) experiments.py all
 
 test: .venv/installed-dev
 	.venv/bin/ruff check .

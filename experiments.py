@@ -31,7 +31,7 @@ import model as model_file
 import train
 from cli import Parser, UserError, duration, replace_file, run, sealed, sha256
 from kv_router import Plan, PlanError, Route, StochasticRouter, costs, human
-from model import GPT, Attention, KVCache
+from model import GPT, Attention
 from sweep import LOOKS, draw, stderr
 from train import TrainConfig, load_run, pick_device, window_losses
 
@@ -221,15 +221,15 @@ class Lab:
             children.add(child)
             output, _ = child.communicate()
             children.discard(child)
-            last = output.splitlines()[-1].split(": ", 1)[-1] if output else ""
+            last = (output.splitlines() or [""])[-1]
             if child.returncode:  # train.py has said why
                 stopped.append(abs(child.returncode))
-                print(f"{name}: {last}", flush=True)
+                print(last, flush=True)
                 return
             replace_file(finished[name], json.dumps(flags[name]).encode())
             done.append(name)
             left = duration((time.monotonic() - began) / len(done) * (len(todo) - len(done)))
-            print(f"[{len(done)} of {len(todo)}, about {left} left] {name}: {last}", flush=True)
+            print(f"[{len(done)} of {len(todo)}, about {left} left] {last}", flush=True)
 
         if todo:
             print(f"{len(todo)} runs to train, {self.jobs} at a time", flush=True)
@@ -357,7 +357,7 @@ def deployments(n_layer: int, share: float) -> list[str]:
     the nearest below, or its K and V of layer 0; or store V of layer 0 only, and K of more layers."""
     kept = Plan.parse(even_plan(n_layer, share), n_layer)
     bottom_v = [r if r.k == (i,) else Route(r.k, (0,)) for i, r in enumerate(kept.routes)]
-    n_keys = min(n_layer, round(2 * n_layer * share) - 1)
+    n_keys = max(1, min(n_layer, round(2 * n_layer * share) - 1))
     keys = Plan.parse(f"lasagna-bottom:{n_keys}", n_layer)
     keys_only = [Route(r.k, (0,)) for r in keys.routes]
     return list(dict.fromkeys(p.spec for p in (kept, Plan(tuple(bottom_v)), Plan(tuple(keys_only)))))
@@ -381,17 +381,14 @@ PERCENT = [f"{100 * share:g}%" for share in BUDGETS]
 # --- the experiments: each trains what is missing and returns its claims and its text ----------------------
 
 NORMAL, STOCHASTIC = "", "--router_p=0.5"
-RULES = {  # of drawing plans: name in VARIANTS or settings, and what it is
+RULES = {  # of drawing plans: settings, or none for the variation of that name; and what it is
     "the paper's": (STOCHASTIC, "K and V of one lower layer, drawn evenly"),
-    "bottom-v": ("", "K of a lower layer, V of layer 0"),
-    "shared-v": (
-        "--plan=shared-v --router_p=0.5",
-        "all layers read V of layer 0, always; K of their own or of a lower layer",
-    ),
-    "shared-v, p = 0.3": ("--plan=shared-v --router_p=0.3", "the same, reading lower layers less often"),
+    "bottom-v": ("", "K of a lower layer, then V of layer 0"),
+    "shared-v": ("--plan=shared-v --router_p=0.5", "V of layer 0 for all, always; K own or of a lower layer"),
+    "shared-v, p = 0.3": ("--plan=shared-v --router_p=0.3", "`shared-v`, reading lower layers less often"),
     "apart": ("", "K of a lower layer, V of layer 0, each with a chance of its own"),
     "kept": ("", "a random set of layers is kept, from one to all; the others read the nearest below"),
-    "kept-bottom-v": ("", "the same, but the others read V of layer 0"),
+    "kept-bottom-v": ("", "`kept`, but the others read V of layer 0"),
     "alternate": ("", "the paper's rule and the full plan in turn"),
     "alternate-bottom-v": ("", "`bottom-v` and the full plan in turn"),
     "alternate-apart": ("", "`apart` and the full plan in turn"),
@@ -403,7 +400,7 @@ RULES = {  # of drawing plans: name in VARIANTS or settings, and what it is
     ),
 }
 FINALISTS = ("the paper's", "bottom-v", "shared-v", "shared-v, p = 0.3")  # with three seeds
-BEST = "shared-v"
+BEST = "shared-v, p = 0.3"
 
 
 def rule(name: str) -> str:
@@ -452,7 +449,7 @@ def cache(lab: Lab, pictures: Path) -> tuple[list, str]:
     for name, (settings, seeds) in flexible.items():
         losses = [lab.losses(settings, plan, seeds) for plan in plans]
         rows.append([name, *map(spread, losses)])
-        for plan, values in zip(plans, losses):
+        for plan, values in zip(plans, losses) if seeds > 1 else ():
             point(name, plan, Plan.parse(plan, n).cache_ratio, mean(values))
     compared = []
     for name, (share, settings) in dedicated.items():
@@ -510,6 +507,9 @@ def price(lab: Lab, pictures: Path) -> tuple[list, str]:
     ):
         for value in values:
             studies[what][value] = (f"--{flag}={value}", f"--{flag}={value} {STOCHASTIC}")
+    twice = f"--max_iters={2 * lab.steps}"
+    shared = rule("shared-v")
+    studies["steps, shared-v"] = {lab.steps: (NORMAL, shared), 2 * lab.steps: (twice, f"{twice} {shared}")}
     pairs = [settings for study in studies.values() for pair in study.values() for settings in pair]
     seeds = {name: 3 if name in FINALISTS else 1 for name in RULES}
     lab.train([f"{settings} --seed=0".strip() for settings in pairs])
@@ -521,13 +521,14 @@ def price(lab: Lab, pictures: Path) -> tuple[list, str]:
             rows = []
             for value, (normal, stochastic) in sorted(study.items()):
                 scarce = even_plan(value if what == "layers" else n, 0.125)
-                a, b, c = (lab.loss(f"{settings} --seed=0".strip(), plan) for settings, plan in (
-                    (normal, ""), (stochastic, ""), (stochastic, scarce)
-                ))  # fmt: skip
-                rows.append([value, f"{a:.3f}", f"{b:.3f}", b - a, c - b])
-            text += "\n" + table(f"| {what} | normal | stochastic | price | rise at 12.5% cache |", rows)
-            base = {"p": 0.5, "steps": lab.steps, "layers": n}[what]
-            x, y = [row[0] / base for row in rows], [row[3] for row in rows]
+                normal, stochastic = (f"{settings} --seed=0".strip() for settings in (normal, stochastic))
+                a, b = lab.loss(normal), lab.loss(stochastic)
+                rises = [lab.loss(normal, scarce) - a, lab.loss(stochastic, scarce) - b]
+                rows.append([str(value), f"{a:.3f}", f"{b:.3f}", b - a, *rises])
+            header = f"| {what} | normal | stochastic | price | normal's rise at 12.5% cache | stochastic's |"
+            text += "\n" + table(header, rows)
+            base = {"p": 0.5, "layers": n}.get(what, lab.steps)
+            x, y = [float(row[0]) / base for row in rows], [row[3] for row in rows]
             curve(axes[0], x, y, i, f"{what}, times {base}")
         axes[0].set_xscale("log", base=2)
         axes[0].set(xlabel="relative size", ylabel="price, nats per token")
@@ -545,10 +546,9 @@ def price(lab: Lab, pictures: Path) -> tuple[list, str]:
         axes[1].set(xlabel="cache at most", ylabel="held-out loss, nats per token")
     text += f"""
 Rules of drawing, at p = 0.5 unless named, sorted by the mean over budgets; those with a spread have three
-seeds, and a normal model at the full cache has {spread(normal)}. Every model is deployed as suits it best: of
-keeping
-K and V of evenly spread layers, the same with V of layer 0 for the others, and V of layer 0 alone with K of
-more layers, the plan with the lowest loss on 16 windows of training text that fits the budget.
+seeds, and a normal model at the full cache has {spread(normal)}. Every model is deployed as suits it best:
+of keeping K and V of evenly spread layers, the same with V of layer 0 for the others, and V of layer 0 alone
+with K of more layers, the plan with the lowest loss on 16 windows of training text that fits the budget.
 
 """
     text += table(f"| rule | {' | '.join(PERCENT)} | mean | |", sorted(rows, key=lambda row: row[-2]))
@@ -583,43 +583,37 @@ def keys_values(lab: Lab, pictures: Path) -> tuple[list, str]:
     lab.train([dense, *pairs.values()])
 
     model, _ = lab.load(dense)
-    x = next(lab.tokens(dense).held_out(8, 8))[0].to(model.embed.weight.device)
-    kv = KVCache(model.config, model.plan, *x.shape, device=x.device)
-    with torch.no_grad():
-        model(x, cache=kv)
     shares = {}  # (upper layers, lower layers)
     for which, kind in enumerate("KV"):
-        size = [kv.read(i, kv.length)[which].pow(2).mean().sqrt() for i in range(half)]
         gates = [(block.attn.k_gate, block.attn.v_gate)[which] for block in model.blocks[half:]]
-        weight = torch.stack([gate.abs().mean((1, 2, 3)) for gate in gates]) * torch.stack(size)
+        weight = torch.stack([gate.mean((1, 2, 3)) for gate in gates])
         shares[kind] = (weight / weight.sum(1, keepdim=True)).detach().cpu()
     with picture(pictures / "keys_values.png", 2) as axes:
         for ax, (kind, share) in zip(axes, shares.items()):
             extent = (-0.5, half - 0.5, half - 0.5, n - 0.5)
-            ax.imshow(share, cmap="Greys", vmin=0, vmax=1, origin="lower", extent=extent)
+            ax.imshow(share, cmap="RdBu", vmin=0, vmax=2 / half, origin="lower", extent=extent)
             for (i, j), s in np.ndenumerate(share.numpy()):
-                ax.text(j, half + i, f"{s:.0%}", ha="center", color="white" if s > 0.5 else "black")
+                ax.text(j, half + i, f"{s:.1%}", ha="center")
             ax.set(title=f"{kind} of upper layers", xlabel="from lower layer", ylabel="upper layer")
             ax.set(xticks=range(half), yticks=range(half, n))
-    low_v, low_k = (float(shares[kind][:, : half // 2].sum(1).mean()) for kind in "VK")
+    low_k, low_v = (shares[kind][:, : half // 2].sum(1).numpy() for kind in "KV")
+    tilts = [list(map(float, x)) for x in (low_v - 0.5, low_v - low_k)]
     loss = {pair: lab.loss(name) for pair, name in pairs.items()}
     lite = loss[half - 1, 0]
     lead = min(x for pair, x in loss.items() if pair != (half - 1, 0)) - lite
     noise = 2**0.5 * lab.noise()
-    where = f"of layers 0 to {half // 2 - 1}"
     claims = [
-        [
-            f"Upper layers draw their V mostly on {where}",
-            "above 50%",
-            f"{low_v:.0%} (1 seed)",
-            sign(low_v - 0.5),
-        ],
-        ["and their K less so", f"below {low_v:.0%}", f"{low_k:.0%} (1 seed)", sign(low_v - low_k)],
+        claim(
+            "Upper layers draw more than half of V from the bottom layers", tilts[0], stdev(tilts[0]), "of it"
+        ),
+        claim("and more of V than of K", tilts[1], stdev(tilts[1]), "of it"),
         claim("Middle keys with bottom values beat the other three pairings", [lead], noise),
     ]
     text = f"""A model whose upper layers each learn a weighted sum over the K and V of all lower layers
-(`{dense.split()[1]}`), all weights starting even. The share of a lower layer is its gates' mean size times
-the size of its K or V (root mean square over held-out text).
+(`{dense.split()[1]}`),
+all weights starting even, trained for {lab.steps} steps. The picture shows the mean of the gates over heads
+and features, as a share of the row; blue is more than an even share. In the table of claims each upper layer
+counts as one.
 
 ![which lower layers the upper ones draw on](PICTURES/keys_values.png)
 
@@ -668,12 +662,13 @@ def fusion(lab: Lab, pictures: Path) -> tuple[list, str]:
     claims.append(claim("Gates that start as FusedKV-Lite are better than even ones", [even - tied], noise))
     with picture(pictures / "fusion.png", 2) as axes:
         for ax, s in zip(axes, sizes):
+            _, full = lab.log(runs["full cache", s], "train_loss")  # all see the same batches
             for i, m in enumerate(methods):
                 steps, values = lab.log(runs[m, s], "train_loss")
-                smooth = np.convolve(values, np.ones(3) / 3, "valid")
+                smooth = np.convolve(np.subtract(values, full), np.ones(3) / 3, "valid")
                 curve(ax, steps[1:-1], smooth, i, m)
-            ax.set(title=f"{s} model", xlabel="step", ylim=(loss["FusedKV", s] - 0.3, None))
-        axes[0].set_ylabel("training loss, nats per token")
+            ax.set(title=f"{s} model", xlabel="step")
+        axes[0].set_ylabel("training loss above the full cache's")
     model, _ = lab.load(gates["tied by RoPE (FusedKV)"])
     with picture(pictures / "gates.png", 4) as axes:
         for ax, (which, m) in zip(axes, np.ndindex(2, 2)):
@@ -840,7 +835,7 @@ def measure_times(lab: Lab, runs: dict[str, str]) -> dict[str, list[float]]:
 
 
 @torch.no_grad()
-def continuations(lab: Lab, name: str, plan: str, n: int = 96) -> np.ndarray:
+def continuations(lab: Lab, name: str, plan: str, n: int = 256) -> np.ndarray:
     """HellaSwag's form: 96 tokens of held-out text, and its true next 32 against three pieces from elsewhere.
     Right (1) where the true one has the highest likelihood per token; all have the same number."""
 
@@ -858,7 +853,7 @@ def continuations(lab: Lab, name: str, plan: str, n: int = 96) -> np.ndarray:
 
 
 @torch.no_grad()
-def recall(lab: Lab, name: str, plan: str, distance: int, n: int = 96) -> np.ndarray:
+def recall(lab: Lab, name: str, plan: str, distance: int, n: int = 256) -> np.ndarray:
     """Four keys, each followed by its value (tokens drawn among the commoner ones), then `distance` tokens of
     held-out text, then one of the keys. Right (1) where its value is likelier than the other three."""
 
@@ -878,40 +873,49 @@ def recall(lab: Lab, name: str, plan: str, distance: int, n: int = 96) -> np.nda
 
 def downstream(lab: Lab, pictures: Path) -> tuple[list, str]:
     """Accuracy by plan: multiple choice of continuations, and recall at growing distance."""
-    models = {"normal": NORMAL, "stochastic, p = 0.5": STOCHASTIC}
-    lab.train(name for settings in models.values() for name in seeded(settings))
-    plans = {f"{share:.0%}": even_plan(lab.n_layer, share) for share in (1, 0.5, 0.25)}
-    tasks = {"continuations": (continuations,)} | {f"recall over {d}": (recall, d) for d in (4, 16, 64, 192)}
-    accuracy = {  # one for each seed
-        (m, percent, task): [float(measure(lab, run, plan, *rest).mean()) for run in seeded(settings)]
-        for m, settings in models.items()
-        for percent, plan in plans.items()
-        for task, (measure, *rest) in tasks.items()
+    longer = f"--max_iters={2 * lab.steps}"  # shorter runs recall nothing
+    models = {  # name -> its run, and which of the deployments it takes
+        "normal": (f"{longer} --seed=0", 0),
+        "stochastic": (f"{longer} {STOCHASTIC} --seed=0", 0),
+        "stochastic, shared-v": (f"{longer} --plan=shared-v --router_p=0.5 --seed=0", -1),
     }
-    rows = [[m, p, *(spread(accuracy[m, p, task]) for task in tasks)] for m in models for p in plans]
-    with picture(pictures / "recall.png", 2, sharey=True) as axes:
+    lab.train([name for name, _ in models.values()])
+    shares = {f"{share:.0%}": share for share in (1, 0.5, 0.25)}
+    distances = ("4", "16", "64", "192")
+    right = {}  # one for each question
+    for m, (name, which) in models.items():
+        for percent, share in shares.items():
+            plan = deployments(lab.n_layer, share)[which]
+            right[m, percent, "continuations"] = continuations(lab, name, plan)
+            for d in distances:
+                right[m, percent, f"recall over {d}"] = recall(lab, name, plan, int(d))
+    tasks = ["continuations", *(f"recall over {d}" for d in distances)]
+    rows = [[m, p, *(f"{right[m, p, task].mean():.3f}" for task in tasks)] for m in models for p in shares]
+    with picture(pictures / "recall.png", len(models), sharey=True) as axes:
         for ax, m in zip(axes, models):
-            for i, percent in enumerate(plans):
-                values = [mean(accuracy[m, percent, task]) for task in tasks if task != "continuations"]
-                curve(ax, ["4", "16", "64", "192"], values, i, f"{percent} of the cache")
+            for i, percent in enumerate(shares):
+                values = [right[m, percent, task].mean() for task in tasks[1:]]
+                curve(ax, distances, values, i, f"{percent} of the cache")
             ax.axhline(0.25, color="black", linewidth=0.8)
             ax.set(title=m, xlabel="tokens between value and question")
-        axes[0].set_ylabel("accuracy")
+        axes[0].set_ylabel("accuracy of recall")
     claims = []
-    for task in ("continuations", "recall over 64"):
-        normal, stochastic = (
-            [a - b for a, b in zip(accuracy[m, "100%", task], accuracy[m, "25%", task])] for m in models
-        )
-        saved = [a - b for a, b in zip(normal, stochastic)]
-        for text, effects in (
-            (f"A quarter of the cache hurts {task}", normal),
-            ("and a stochastic model less", saved),
+    for title, these in (("continuations", tasks[:1]), ("recall, all distances", tasks[1:])):
+        lost = {
+            m: np.concatenate([right[m, "100%", task] - right[m, "25%", task] for task in these])
+            for m in models
+        }
+        for text, x in (
+            (f"A quarter of the cache hurts: {title}", lost["normal"]),
+            (f"and a stochastic model less: {title}", lost["normal"] - lost["stochastic"]),
         ):
-            claims.append(claim(text, effects, stdev(effects), "accuracy"))
-    text = """Chance is 0.25; mean and standard deviation over three seeds, 96 questions each. Continuations:
-96 tokens of held-out text, the true next 32 against three pieces from elsewhere. Recall: four pairs of
-tokens, then so many tokens of held-out text, then the first token of one pair: is its second likelier than
-the other three?
+            claims.append(claim(text, [float(x.mean())], stderr(x), "accuracy"))
+    n = len(right["normal", "100%", "continuations"])
+    error = f"{0.5 / n**0.5:.3f}"
+    text = f"""Runs of {2 * lab.steps} steps, one seed, {n} questions; chance is 0.25, and an accuracy's
+standard error {error} at most. Continuations: 96 tokens of held-out text, the true next 32 against three
+pieces from elsewhere. Recall: four pairs of tokens, then so many tokens of held-out text, then the first
+token of one pair: is its second likelier than the other three? `shared-v` takes 56% of the cache for 100%.
 
 """
     text += table(f"| | cache | {' | '.join(tasks)} |", rows)

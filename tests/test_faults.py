@@ -191,16 +191,17 @@ def test_experiments_lets_its_run_save(corpus, tmp_path):
     """Ctrl-C in a terminal reaches experiments.py and not, or only through it, the training it started."""
     settings = flags(corpus, "OUT", max_iters=100_000, log_interval=1)
     code = "import cli, experiments, pathlib, sys; folder = pathlib.Path(sys.argv[1]); "
-    code += "cli.run(lambda: experiments.train_all(folder, {'a': sys.argv[2:]}))"
+    code += "lab = experiments.Lab('x', folder, sys.argv[2:], '', '', 4, 1, 2); "
+    code += "cli.run(lambda: lab.train(['--seed=1', '--seed=2']))"
     command = [sys.executable, "-c", code, tmp_path, *(f for f in settings if "out_dir" not in f)]
-    log = tmp_path / "a" / "log.jsonl"
+    logs = [tmp_path / f"seed-{seed}" / "log.jsonl" for seed in (1, 2)]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipe) as process:
-        wait_for(lambda: log.exists() and log.stat().st_size > 2000)
+        wait_for(lambda: all(log.exists() and log.stat().st_size > 2000 for log in logs))
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         output, _ = process.communicate(timeout=30)
-    assert process.returncode == 130 and "stopped and saved after step" in output, output
-    assert train.load_checkpoint(tmp_path / "a" / "ckpt.pt")["step"] > 0
+    assert process.returncode == 130 and output.count("stopped and saved after step") == 2, output
+    assert all(train.load_checkpoint(log.with_name("ckpt.pt"))["step"] > 0 for log in logs)
     came("SIGINT to experiments.py", "saved")
 
 
@@ -856,7 +857,7 @@ def test_random_flags(stock, corpus, tmp_path, script, many, monkeypatch):
         "data.py": ["--input", text, "--name", "x", "--tokenizer", "bytes"],
         "kv_router.py": ["cla:2"],
         "hf.py": [run, tmp_path / "hf"],
-        "experiments.py": ["framework", "--max_iters", "1"],
+        "experiments.py": ["nope"],  # a right name would start a training
     }
     names = {
         "train.py": [f.name for f in train.fields(train.TrainConfig) if f.name != "compile"],
@@ -865,7 +866,7 @@ def test_random_flags(stock, corpus, tmp_path, script, many, monkeypatch):
         "data.py": ["dataset", "input", "name", "tokenizer", "data_dir", "split"],
         "kv_router.py": "n_layer n_head n_embd head_dim context batch bytes vocab_size".split(),
         "hf.py": ["nope"],
-        "experiments.py": ["seeds"],  # more would start a training
+        "experiments.py": ["jobs", "set"],
     }  # fmt: skip
     monkeypatch.setattr(data, "python_corpus", lambda: pytest.fail("no flag here asks for that"))
     for _ in range(many(60, 600)):
