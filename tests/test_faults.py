@@ -196,7 +196,9 @@ def test_experiments_lets_its_run_save(corpus, tmp_path):
     command = [sys.executable, "-c", code, tmp_path, *(f for f in settings if "out_dir" not in f)]
     logs = [tmp_path / f"seed-{seed}" / "log.jsonl" for seed in (1, 2)]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipe) as process:
+    # A shell that runs the tests in the background has them ignore SIGINT, and what they start.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **heard, **pipe) as process:
         wait_for(lambda: all(log.exists() and log.stat().st_size > 2000 for log in logs))
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         output, _ = process.communicate(timeout=30)
