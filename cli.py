@@ -89,7 +89,7 @@ def run(main: Callable[[], None]):
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         what = f"out of memory, after a peak of {human(peak, 'B')} ({first_line(e)[:200]})"
-        fail(f"{what}; lower the batch (--batch_size; of bench.py --batch), or the sizes of the model")
+        fail(f"{what}; lower --batch_size (of bench.py: --batch), or the sizes of the model")
     except KeyboardInterrupt:
         print(f"\n{name}: stopped", file=sys.stderr)
         sys.exit(130)

@@ -804,13 +804,16 @@ def framework(lab: Lab, pictures: Path) -> tuple[list, str]:
         ["Smaller caches decode faster", "above 0", f"{faster:+.0%} tokens/s (median)", sign(faster)]
     )
     text = f"""One seed, {steps} AdamW steps, two KV heads. Above full: paired over 128 held-out windows,
-with the standard error over windows, which says nothing of other seeds. Times are medians of 7 repeats, all
-models taking turns: forward and backward of one batch, first token of a prompt of 192 tokens, greedy decoding
-of 32 more.
+with the standard error over windows, which says nothing of other seeds. Times are medians of {TURNS} repeats,
+all models taking turns: forward and backward of one batch, first token of a prompt of 192 tokens, greedy
+decoding of 32 more.
 
 """
     header = "| plan | cache | loss | above full | training step | first token | decode | |"
     return claims, text + table(header, rows) + "\n![loss and training time](PICTURES/framework.png)\n"
+
+
+TURNS = 7
 
 
 def measure_times(lab: Lab, runs: dict[str, str]) -> dict[str, list[float]]:
@@ -830,7 +833,7 @@ def measure_times(lab: Lab, runs: dict[str, str]) -> dict[str, list[float]]:
         step, ttft = np.diff(times)[:2]
         return [1e3 * t for t in (step, ttft, (times[-1] - times[2]) / 32)]
 
-    turns = [{spec: measure(model) for spec, model in models.items()} for _ in range(8)][1:]
+    turns = [{spec: measure(model) for spec, model in models.items()} for _ in range(1 + TURNS)][1:]
     return {spec: np.median([turn[spec] for turn in turns], axis=0).tolist() for spec in models}
 
 

@@ -110,6 +110,9 @@ def lab(corpus, tmp_path, script, monkeypatch):
     monkeypatch.setattr(Lab, "train", train_here)
     monkeypatch.setattr(experiments, "window_losses", few_windows)
     monkeypatch.setattr(train, "matmul_peak", lambda *_: 1e9)
+    monkeypatch.setattr(experiments, "TURNS", 1)
+    some = (*experiments.FINALISTS, "apart", "distilled")
+    monkeypatch.setattr(experiments, "RULES", {name: experiments.RULES[name] for name in some})
     lab = Lab("tiny", tmp_path / "out", base, "--n_embd=8", "--n_embd=24", n_layer=4, steps=12, jobs=1)
     monkeypatch.setitem(experiments.SETS, "cpu", lab)
     lab.trained = trained

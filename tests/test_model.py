@@ -298,11 +298,11 @@ def test_a_long_prompt_needs_bounded_memory():
     assert largest[2048] == largest[4096] == 1024 * model_module.PREFILL_CHUNK
 
 
+# Beyond its limit torch would quietly run uncompiled, and count nothing: here it fails.
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 @torch.no_grad()
-def test_compiled_decode_equals_uncompiled_and_never_compiles_again(monkeypatch):
+def test_compiled_decode_equals_uncompiled_and_never_compiles_again():
     """Every attention form, over block borders; then other prompts, lengths and caches of the same plans."""
-    # Beyond the limit torch would quietly run uncompiled, and count nothing.
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     for spec, B in (("fusedkv", 2), ("sandwich-middle:2", 1)):
         idx = tokens(B, 320)
         model = make_model(spec, block_size=320, qkv_bias=True, qk_norm=True)
@@ -457,9 +457,9 @@ def test_bad_sizes():
             GPTConfig(**sizes)
 
 
-def test_compiled_pieces_serve_every_plan(monkeypatch):
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+def test_compiled_pieces_serve_every_plan():
     """Compiled equals uncompiled, and after the first plans new ones compile nothing."""
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     model = make_model(n_layer=6)
     idx = tokens(2, 16)
     router = StochasticRouter(6, 0.5)
