@@ -89,6 +89,22 @@ def decode_attention(
     return out.view(B, n_head, 1, d).type_as(q)
 
 
+def write(
+    k_store: Tensor | None,
+    v_store: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    block: Tensor,
+    slot: Tensor,
+) -> None:
+    """Put keys and values of T positions, (B, n_kv_head, T, d) each, where there are any, at their places in
+    the cache's blocks: number `block` and row `slot`, (T,) each."""
+    if k is not None:
+        k_store[block, :, :, slot] = k.permute(2, 0, 1, 3)
+    if v is not None:
+        v_store[block, :, :, :, slot] = v.permute(2, 0, 1, 3)
+
+
 def first_blocks(store: Tensor, n: int) -> Tensor:
     """The first n of a cache's blocks, of which a compiled function may see any number but one."""
     blocks = store[:n]
@@ -106,11 +122,17 @@ def dot(x: Tensor, rows: Tensor) -> Tensor:
     return torch.stack([(rows * y.unsqueeze(-2).float()).sum(-1) for y in x.unbind(-2)], dim=-2)
 
 
+# Products of bfloat16 are emulated without AVX-512; converted to float32 they take a fifth of the time.
+SLOW_BF16 = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear; as `dot` in a compiled decode step of few sequences."""
-    rows = x.numel() // x.size(-1)
-    few = 8 if x.device.type == "cpu" else 1  # up to where `dot` was the faster; on a GPU, cuBLAS soon is
+    rows, cpu = x.numel() // x.size(-1), x.device.type == "cpu"
+    few = 8 if cpu else 1  # up to where `dot` was the faster; on a GPU, cuBLAS soon is
     if not torch.compiler.is_compiling() or torch.is_grad_enabled() or rows > few:
+        if cpu and rows > few and x.dtype == torch.bfloat16 and SLOW_BF16 and not torch.is_grad_enabled():
+            return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).type_as(x)
         return F.linear(x, weight, bias)
     y = dot(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
     return (y if bias is None else y + bias).type_as(x)
@@ -182,18 +204,15 @@ def compile_model(model: torch.nn.Module) -> None:
 
 
 def compile_decode(model: torch.nn.Module) -> None:
-    """Compile the same pieces for steps of one position, with sizes fixed but for the number of cache blocks.
-    Prompts spend their time in matrix products and stay as they are, so their lengths compile nothing. On a
-    GPU `GPT.stream` then replays each cache's steps as one CUDA graph."""
+    """Compile a layer for a single position, one graph for all layers and plans of a form, with sizes fixed
+    but for the number of cache blocks. Prompts spend their time in matrix products and stay as they are, so
+    their lengths compile nothing. On a GPU `GPT.stream` then replays each cache's steps as one CUDA graph."""
     torch._dynamo.config.recompile_limit = 32
-
-    def one_position(function):
-        compiled = torch.compile(function, dynamic=False)
-        return lambda x, *args: (compiled if x.size(1) == 1 else function)(x, *args)
-
+    # A normed vector, which reads three, is computed once, not again for every row it is multiplied with.
+    once = {"realize_reads_threshold": 2}
     for block in model.blocks:
-        block.kv, block.forward = one_position(block.kv), one_position(block.forward)
-    model.head = one_position(model.head)
+        block.step = torch.compile(block.step, dynamic=False, options=once)
+    model.head = torch.compile(model.head, dynamic=False, options=once)
     model.compiled = True
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kv_router import Plan, PlanError, Route, Shape
+from kv_router import Plan, PlanError, Shape
 
 
 @dataclass(kw_only=True)
@@ -143,6 +143,25 @@ class Block(nn.Module):
         x = x + self.attn(h, cos, sin, ks, vs, strict, seen)
         return x + self.mlp(self.norm2(x))
 
+    def step(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        place: tuple[Tensor, Tensor],
+        k_store: Tensor | None,
+        v_store: Tensor | None,
+        ks: list[Tensor],
+        vs: list[Tensor],
+        strict: bool,
+        seen: Tensor,
+    ) -> Tensor:
+        """Both steps for a single position, x (B, 1, C), with a cache: what others read of this layer goes to
+        its `place` in the stores, and the sources are the cache's."""
+        h, k, v = self.kv(x, cos, sin, k_store is not None, v_store is not None)
+        kernels.write(k_store, v_store, k, v, *place)
+        return self(x, h, cos, sin, ks, vs, strict, seen)
+
 
 class KVCache:
     """The keys and values of up to `max_len` positions, for exactly the layers that `plan` stores, filled
@@ -161,6 +180,7 @@ class KVCache:
         self.plan, self.max_len, self.length = plan, max_len, 0
         self.passes, self.change = 1, 0.0
         self.position, self.graph = None, None  # see kernels.CudaGraph
+        self.n_blocks, self.views = n, (0, {}, {})  # see blocks
         self.k = {i: torch.zeros(shape, dtype=dtype, device=device) for i in plan.k_layers}
         self.v = {
             i: torch.zeros(*shape[:3], *shape[:2:-1], dtype=dtype, device=device) for i in plan.v_layers
@@ -176,20 +196,13 @@ class KVCache:
             return self.position
         return torch.arange(self.length, self.length + T, device=device)
 
-    def write(self, layer: int, k: Tensor | None, v: Tensor | None, block: Tensor, slot: Tensor) -> None:
-        """Store a layer's keys and values, (B, nkv, T, d) each, at T places. The model moves `length` once
-        every layer has written."""
-        if k is not None:
-            self.k[layer][block, :, :, slot] = k.permute(2, 0, 1, 3)
-        if v is not None:
-            self.v[layer][block, :, :, :, slot] = v.permute(2, 0, 1, 3)
-
-    def filled(self, route: Route, end: int) -> tuple[list[Tensor], list[Tensor]]:
-        """The blocks that hold positions 0 .. end - 1 of the sources of a layer's route."""
-        n = max(2, -(-end // kernels.BLOCK)) if self.position is None else None
-        return [kernels.first_blocks(self.k[j], n) for j in route.k], [
-            kernels.first_blocks(self.v[j], n) for j in route.v
-        ]
+    def blocks(self, end: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """The blocks that hold positions 0 .. end - 1 of every stored layer's keys and values: views, kept
+        until another block is needed, since making them for every step takes time."""
+        n = max(2, -(-end // kernels.BLOCK)) if self.position is None else self.n_blocks
+        if self.views[0] != n:
+            self.views = n, *({i: kernels.first_blocks(t, n) for i, t in x.items()} for x in (self.k, self.v))
+        return self.views[1:]
 
     def read(self, layer: int, end: int) -> tuple[Tensor | None, Tensor | None]:
         """Copies of a layer's keys and values of positions 0 .. end - 1, (B, nkv, end, d) each."""
@@ -304,11 +317,12 @@ class GPT(nn.Module):
         place = positions // kernels.BLOCK, positions % kernels.BLOCK
         cos, sin, seen = self.cos[positions], self.sin[positions], positions[-1] + 1
         ks, vs = {}, {}  # layer -> its keys, values, (B, nkv, start + T, d)
+        grad = torch.is_grad_enabled()
 
         def put(i: int, k: Tensor | None, v: Tensor | None):
             if cache is not None:
-                cache.write(i, k, v, *place)
-            ks[i], vs[i] = (k, v) if start == 0 or T == 1 else cache.read(i, start + T)
+                kernels.write(cache.k.get(i), cache.v.get(i), k, v, *place)
+            ks[i], vs[i] = (k, v) if start == 0 else cache.read(i, start + T)
 
         def own_kv(i: int, x: Tensor) -> Tensor:
             h, k, v = self.blocks[i].kv(x, cos, sin, i in plan.k_layers, i in plan.v_layers)
@@ -316,15 +330,14 @@ class GPT(nn.Module):
             return h
 
         def finish(i: int, x: Tensor, h: Tensor) -> Tensor:
-            if cache is not None and x.size(1) == 1:  # decode, or above the early exit
-                k, v = cache.filled(plan[i], start + T)
-                return self.blocks[i](x, h, cos, sin, k, v, plan.strict(i), seen)
             k, v = [ks[j] for j in plan[i].k], [vs[j] for j in plan[i].v]
             return self.blocks[i](x, h, cos, sin, k, v, plan.strict(i))
 
         x = self.embed(idx)  # (B, T, C)
-        grad = torch.is_grad_enabled()
-        for lo, hi in plan.segments:
+        # Layers that run for the last position alone, over the cache. All of them for a single one, once and
+        # in order under every plan: what lies above is read of positions before it.
+        alone = range(c.n_layer) if cache is not None and T == 1 else range(0)
+        for lo, hi in () if alone else plan.segments:
             limit, without = 1, 0
             if lo < hi:
                 limit = min(T, passes or c.forward_passes + c.backward_passes)
@@ -334,7 +347,7 @@ class GPT(nn.Module):
                     put(i, none if i in plan.k_layers else None, none if i in plan.v_layers else None)
             first = x
             for n in range(limit):
-                before = None if grad or lo == hi or T == 1 else self._new_kv(ks, vs, lo, hi, T)
+                before = None if grad or lo == hi else self._new_kv(ks, vs, lo, hi, T)
                 with torch.set_grad_enabled(grad and n >= without):
                     x = first
                     for i in range(lo, hi):
@@ -347,15 +360,21 @@ class GPT(nn.Module):
             if before is not None and cache is not None:
                 cache.passes, cache.change = max(cache.passes, n + 1), max(cache.change, float(change))
             if outputs is not None and hi == plan.last_full_layer:
-                if outputs == 0:
-                    x = None
-                    break
                 x, h = (t.narrow_copy(1, T - 1, 1) for t in (x, h))  # a view's strides would tell T apart
                 cos, sin = cos[-1:], sin[-1:]
+                if cache is not None:
+                    alone = range(hi, c.n_layer if outputs else hi)
+                    break
             x = finish(hi, x, h)
+        if alone:
+            k, v = cache.blocks(start + T)
+        for i in alone:
+            own = (k.get(i), v.get(i)) if T == 1 else (None, None)  # a prompt's are there already
+            sources = [k[j] for j in plan[i].k], [v[j] for j in plan[i].v]
+            x = self.blocks[i].step(x, cos, sin, place, *own, *sources, plan.strict(i), seen)
         if cache is not None:
             cache.length = start + T
-        return x
+        return None if outputs == 0 else x
 
     def _check_fits(self, T: int, cache: KVCache | None):
         start, room = 0, self.config.block_size
@@ -400,6 +419,7 @@ class GPT(nn.Module):
         return self.head(self.hidden(idx, plan, cache, outputs=1)), None
 
     def head(self, x: Tensor) -> Tensor:
+        """Logits of a position, (B, 1, vocab), from the residual stream."""
         return self.lm_head(self.norm(x))
 
     def losses(self, idx: Tensor, targets: Tensor, plan: Plan | str | None = None) -> Tensor:
@@ -412,7 +432,7 @@ class GPT(nn.Module):
         default until it is exact; passes below 1 raise ValueError."""
         if passes is not None and passes < 1:
             raise ValueError(f"passes {passes} is not valid; it must be 1 or more")
-        return self.head(self.hidden(idx, self.resolve(plan), passes=passes or idx.size(1)))
+        return self.lm_head(self.norm(self.hidden(idx, self.resolve(plan), passes=passes or idx.size(1))))
 
     @torch.no_grad()
     def stream(

@@ -393,7 +393,7 @@ def continuations(
         targets = torch.tensor([token for i, _, _ in asked for token in pairs[i][1]], device=device)  # (N,)
         losses, hits, some = [], [], kernels.rows_at_once(model.embed.weight)
         for h, target in zip(x.split(some), targets.split(some)):
-            logits = model.head(h).float()
+            logits = model.lm_head(model.norm(h)).float()
             losses.append(F.cross_entropy(logits, target, reduction="none"))
             hits.append(logits.argmax(-1) == target)
         losses, hits = torch.cat(losses).cpu().split(sizes), torch.cat(hits).cpu().split(sizes)

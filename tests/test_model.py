@@ -446,6 +446,19 @@ def test_bfloat16_weights_keep_exact_angles():
     assert model.generate(idx, 4, temperature=0).shape == (1, 12)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("bias", [True, False])
+def test_bfloat16_products_round_once(rows, bias):
+    """Whatever a CPU computes them in: the result is that of float32, rounded."""
+    torch.manual_seed(0)
+    x, w, b = (torch.randn(s).bfloat16() for s in ((2, rows, 48), (32, 48), (32,)))
+    b = b if bias else None
+    got = kernels.linear(x, w, b)
+    exact = torch.nn.functional.linear(x.double(), w.double(), b.double() if bias else None)
+    assert got.dtype == torch.bfloat16 and (got - exact).abs().max() < 2**-7 * exact.abs().max()
+
+
 def test_bad_sizes():
     for sizes, part in (
         ({"n_embd": 30}, "n_embd 30 is not a multiple of n_head 4"),
