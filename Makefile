@@ -23,7 +23,7 @@ results: .venv/installed
 
 test: .venv/installed-dev
 	.venv/bin/ruff check .
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nanokv needs Python 3.11 or newer: make PYTHON=python3.12 ...")'

@@ -223,8 +223,11 @@ def at_capacity(plans: list[Ours], batches: dict[str, int], context: int, args) 
     rows = []
     for contender in plans:
         batch, step = batches[contender.name], statistics.median(times[contender.name])
+        weight = contender.model.embed.weight
+        predicted = costs(contender.plan, contender.model.config, context, batch, weight.itemsize)
         row = {"name": contender.name, "plan": contender.plan.spec, "context": context, "batch": batch}
-        rows.append(row | {"memory_gb": args.memory_gb, "step": step, "tokens_per_s": batch / step})
+        row |= {"memory_gb": args.memory_gb, "step": step, "tokens_per_s": batch / step}
+        rows.append(row | {"predicted": asdict(predicted)})
     return rows
 
 
@@ -254,12 +257,14 @@ def latency_table(rows: list[dict], reference: str) -> str:
 
 
 def capacity_table(rows: list[dict]) -> str:
+    """Measured and, in brackets, what the bytes read by a step predict."""
     wide, base = max(len(r["name"]) for r in rows), rows[0]
-    lines = [f"{'':{wide}}  {'batch':>5} {'step':>9}  {'tokens/s':>8}  ratio"]
+    lines = [f"{'':{wide}}  {'batch':>5} {'step':>9}  {'tokens/s':>8}  ratio (pred.)"]
     for r in rows:
+        predicted = [x["batch"] / x["predicted"]["decode_bytes"] for x in (r, base)]
         lines.append(
             f"{r['name']:{wide}}  {r['batch']:5} {1e3 * r['step']:6.0f} ms  {r['tokens_per_s']:8.1f}  "
-            f"{r['tokens_per_s'] / base['tokens_per_s']:.2f}"
+            f"{r['tokens_per_s'] / base['tokens_per_s']:5.2f} ({predicted[0] / predicted[1]:.2f})"
         )
     return "\n".join(lines)
 

@@ -15,6 +15,7 @@ from kv_router import Plan
 from model import GPT, GPTConfig
 
 FAULTS = {}  # kind of fault -> what came of it -> how often; test_faults.py fills it
+SAID = []  # lines to be read at the end
 torch.set_num_threads(1)  # tiny tensors: two threads only wait for each other
 ROOT = Path(__file__).parent.parent
 
@@ -109,7 +110,23 @@ def refused(script):
     return call
 
 
+def pytest_sessionfinish(session):
+    """With pytest-xdist (-n), hands what this process has gathered to the one that prints."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["said"] = SAID, {kind: dict(o) for kind, o in FAULTS.items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    said, faults = getattr(node, "workeroutput", {}).get("said", ([], {}))
+    SAID.extend(said)
+    for kind, outcomes in faults.items():
+        FAULTS.setdefault(kind, Counter()).update(outcomes)
+
+
 def pytest_terminal_summary(terminalreporter):
+    for line in SAID:
+        terminalreporter.write_line(line)
     for kind, outcomes in FAULTS.items():
         told = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.most_common())
         terminalreporter.write_line(f"{outcomes.total():6} x {kind}: {told}")
