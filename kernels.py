@@ -207,8 +207,8 @@ def compile_decode(model: torch.nn.Module) -> None:
     but for the number of cache blocks. Prompts spend their time in matrix products and stay as they are, so
     their lengths compile nothing. On a GPU `GPT.stream` then replays each cache's steps as one CUDA graph."""
     torch._dynamo.config.recompile_limit = 32
-    # A vector that is multiplied with every row of a weight is normed and converted once, not for each row.
-    once = {"realize_reads_threshold": 0}
+    # On a CPU, what is multiplied with every row of a weight is normed and converted once, not for each row.
+    once = {"realize_reads_threshold": 0} if model.embed.weight.device.type == "cpu" else None
     for block in model.blocks:
         block.step = torch.compile(block.step, dynamic=False, options=once)
     model.head = torch.compile(model.head, dynamic=False, options=once)

@@ -359,13 +359,14 @@ def test_sweep_scores_draws_and_overlays(trained, tmp_path, script, refused):
     assert "no checkpoint" in refused("sweep.py", "--out_dir", tmp_path / "none")
 
 
-def test_sample_streams_the_same_text_that_generate_gives(trained, tmp_path, script):
+@pytest.mark.parametrize("how", [[], ["--compile"]])
+def test_sample_streams_the_same_text_that_generate_gives(trained, tmp_path, script, how):
     out = trained / "stochastic"
     flags = ("--out_dir", out, "--max_new_tokens", 20, "--seed", 4, "--device", "cpu")
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("def main")
     status, text, _ = script(
-        "sample.py", *flags, "--start", f"FILE:{prompt}", "--plan", "full", "--plan", "cla:2"
+        "sample.py", *flags, *how, "--start", f"FILE:{prompt}", "--plan", "full", "--plan", "cla:2"
     )
     assert status == 0
     model, _ = train.load_run(out)
