@@ -105,8 +105,8 @@ def write(
         v_store[block, :, :, :, slot] = v.permute(2, 0, 1, 3)
 
 
-def first_blocks(store: Tensor, n: int) -> Tensor:
-    """The first n of a cache's blocks, of which a compiled function may see any number but one."""
+def first_blocks(store: Tensor, n: int | None) -> Tensor:
+    """The first n of a cache's blocks, or all, of which a compiled function may see any number but one."""
     blocks = store[:n]
     torch._dynamo.mark_dynamic(blocks, 0)
     return blocks
@@ -126,15 +126,15 @@ SLOW_BF16 = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear; as `dot` in a compiled decode step of few sequences."""
-    rows, cpu = x.numel() // x.size(-1), x.device.type == "cpu"
-    few = 8 if cpu else 1  # up to where `dot` was the faster; on a GPU, cuBLAS soon is
-    if not torch.compiler.is_compiling() or torch.is_grad_enabled() or rows > few:
-        if cpu and rows > few and x.dtype == torch.bfloat16 and SLOW_BF16 and not torch.is_grad_enabled():
-            return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).type_as(x)
-        return F.linear(x, weight, bias)
-    y = dot(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
-    return (y if bias is None else y + bias).type_as(x)
+    """F.linear; as `dot` in a compiled decode step of few sequences, in float32 where bfloat16 is slow."""
+    rows, cpu, grad = x.numel() // x.size(-1), x.device.type == "cpu", torch.is_grad_enabled()
+    few = rows <= (8 if cpu else 1)  # up to where `dot` was the faster; on a GPU, cuBLAS soon is
+    if few and torch.compiler.is_compiling() and not grad:
+        y = dot(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
+        return (y if bias is None else y + bias).type_as(x)
+    if SLOW_BF16 and cpu and x.dtype == torch.bfloat16 and not few and not grad:
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).type_as(x)
+    return F.linear(x, weight, bias)
 
 
 LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # rows of so many in all are computed at once

@@ -180,7 +180,6 @@ class KVCache:
         self.plan, self.max_len, self.length = plan, max_len, 0
         self.passes, self.change = 1, 0.0
         self.position, self.graph = None, None  # see kernels.CudaGraph
-        self.n_blocks, self.views = n, (0, {}, {})  # see blocks
         self.k = {i: torch.zeros(shape, dtype=dtype, device=device) for i in plan.k_layers}
         self.v = {
             i: torch.zeros(*shape[:3], *shape[:2:-1], dtype=dtype, device=device) for i in plan.v_layers
@@ -197,12 +196,9 @@ class KVCache:
         return torch.arange(self.length, self.length + T, device=device)
 
     def blocks(self, end: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """The blocks that hold positions 0 .. end - 1 of every stored layer's keys and values: views, kept
-        until another block is needed, since making them for every step takes time."""
-        n = max(2, -(-end // kernels.BLOCK)) if self.position is None else self.n_blocks
-        if self.views[0] != n:
-            self.views = n, *({i: kernels.first_blocks(t, n) for i, t in x.items()} for x in (self.k, self.v))
-        return self.views[1:]
+        """Views of the blocks that hold positions 0 .. end - 1 of every stored layer's keys and values."""
+        n = max(2, -(-end // kernels.BLOCK)) if self.position is None else None
+        return tuple({i: kernels.first_blocks(t, n) for i, t in x.items()} for x in (self.k, self.v))
 
     def read(self, layer: int, end: int) -> tuple[Tensor | None, Tensor | None]:
         """Copies of a layer's keys and values of positions 0 .. end - 1, (B, nkv, end, d) each."""
