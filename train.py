@@ -582,9 +582,8 @@ def main():
             )
         start, best, seconds = checkpoint["step"], checkpoint["best_val_loss"], checkpoint["time"]
         if start >= c.max_iters:
-            print(
-                f"{c.out_dir}: all {start} steps are done, best val {best:.4f} nats/token; more: --max_iters"
-            )
+            known = f", best val {best:.4f} nats/token" if math.isfinite(best) else ""
+            print(f"{c.out_dir}: all {start} steps are done{known}; more: --max_iters")
             return
     n_params = sum(p.numel() for p in model.parameters())
     if c.compile:
