@@ -19,7 +19,7 @@ demo: .venv/installed
 	@echo "look at $(DEMO)/cache_vs_loss.png"
 
 results: .venv/installed
-	$(PY) experiments.py all
+	$(PY) -m lab.studies all
 
 test: .venv/installed-dev
 	.venv/bin/ruff check .

@@ -1,74 +1,59 @@
-"""What the scripts share at the command line: one-line errors, settings from TOML and flags, time left."""
+"""What the scripts share at the command line: one-line errors, settings from TOML and flags, progress,
+tables."""
 
 import argparse
 import difflib
-import hashlib
 import json
 import os
 import re
-import resource
 import signal
 import sys
 import time
 import tomllib
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import field, fields
 from pathlib import Path
 
-from kv_router import PlanError, human
+from kv_router import PlanError
+
+# --- errors -----------------------------------------------------------------------------------------------
 
 
 class UserError(ValueError):
-    """A mistake the user can mend. The message is one line: what was wrong, what is valid, the fix."""
+    """A mistake that the user can fix. The message is one line: what was wrong, what is valid, the fix."""
+
+
+def one_line(message: str) -> str:
+    """`message` on one line, with words of absurd length cut short."""
+    words = (word if len(word) <= 200 else word[:197] + "..." for word in message.split())
+    return " ".join(words)
+
+
+def first_line(e: Exception) -> str:
+    """The first line of an exception's message, or its name where it has none."""
+    return next(iter(str(e).splitlines()), type(e).__name__)
 
 
 def suggest(word: str, known: Sequence[str]) -> str:
-    """'; did you mean X?' where something known is close to `word`, else ''."""
+    """'; did you mean X?' where something known is close to `word`, otherwise ''."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors (exit status 2) and `-` read as `_` in the names of flags."""
-
-    def __init__(self, description: str):
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
-
-    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
-        flags = list(self._option_string_actions)
-        words = []
-        for word in sys.argv[1:] if args is None else args:
-            name, equals, value = word.partition("=")
-            flag = "--" + name[2:].replace("-", "_")
-            words.append(flag + equals + value if name[:2] == "--" and flag in flags else word)
-        parsed, unknown = self.parse_known_args(words)
-        if unknown:
-            self.error(
-                f"unknown argument {unknown[0]}{suggest(unknown[0].split('=')[0], flags)} (--help lists all)"
-            )
-        return parsed
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
 def run(main: Callable[[], None]):
-    """Run a script's main(); a user's mistake becomes one line and exit status 2."""
-    name = os.path.basename(sys.argv[0])
-    if hasattr(
-        sys.stdout, "reconfigure"
-    ):  # generated text must not stop a run where the terminal lacks a letter
+    """Run a script's main(). A user's mistake becomes one line on standard error and exit status 2."""
+    script = os.path.basename(sys.argv[0])
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a letter must not stop a run
         sys.stdout.reconfigure(errors="replace")
 
     def fail(message: str):
         rank = os.environ.get("RANK", "0")
-        where = name if rank == "0" else f"{name} on rank {rank}"
-        print(f"{where}: error: {' '.join(message.split())}", file=sys.stderr)
+        where = script if rank == "0" else f"{script} on rank {rank}"
+        print(f"{where}: error: {one_line(message)}", file=sys.stderr)
         sys.exit(2)
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` cleans up as Ctrl-C does
     try:
         main()
     except (UserError, PlanError) as e:
@@ -80,19 +65,42 @@ def run(main: Callable[[], None]):
         if e.filename is None and e.errno is None:
             raise
         fail(f"{e.filename or 'the disk'}: {e.strerror}")
-    except (MemoryError, RuntimeError) as e:  # torch's allocators raise RuntimeErrors, known by their text
+    except (MemoryError, RuntimeError) as e:
+        # torch's allocators raise RuntimeErrors that only their text tells from others.
         if not isinstance(e, MemoryError) and not re.search("out of memory|allocate memory", str(e)):
             raise
-        torch = sys.modules.get("torch")
-        if torch and torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        what = f"out of memory, after a peak of {human(peak, 'B')} ({first_line(e)[:200]})"
-        fail(f"{what}; lower --batch_size (of bench.py: --batch), or the sizes of the model")
+        fail(f"out of memory ({first_line(e)[:200]}); lower --batch_size, --batch or the sizes of the model")
     except KeyboardInterrupt:
-        print(f"\n{name}: stopped", file=sys.stderr)
+        print(f"\n{script}: stopped", file=sys.stderr)
         sys.exit(130)
+
+
+# --- settings ---------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, exit status 2, and flags that may be spelled with `-` for `_`."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def parse_args(self) -> argparse.Namespace:
+        words = []
+        for word in sys.argv[1:]:
+            name, equals, value = word.partition("=")
+            if name.startswith("--"):
+                word = "--" + name[2:].replace("-", "_") + equals + value
+            words.append(word)
+        parsed, unknown = self.parse_known_args(words)
+        if unknown:
+            close = suggest(unknown[0].partition("=")[0], list(self._option_string_actions))
+            self.error(f"unknown argument {unknown[0]}{close} (--help lists all)")
+        return parsed
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def setting(default, help: str, choices: Sequence | None = None):
@@ -100,28 +108,32 @@ def setting(default, help: str, choices: Sequence | None = None):
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
-def _boolean(text: str) -> bool:
+def boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"
 
 
 def given_settings(cls, description: str) -> dict:
-    """The settings of dataclass `cls` that the user gave: from a TOML file, if named, then from flags."""
+    """The settings of dataclass `cls` that the user gave: from a TOML file, if one is named, then from
+    flags."""
     parser = Parser(description)
     parser.usage = "%(prog)s [config/x.toml] [--key=value ...]"
     parser.add_argument("config", nargs="?", help="a TOML file of settings, for example config/demo.toml")
     for f in fields(cls):
-        kind = {"type": _boolean, "nargs": "?", "const": True} if f.type is bool else {"type": f.type}
-        help = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
-        metavar = None if f.metadata["choices"] else f.type.__name__.upper()
-        parser.add_argument(
-            f"--{f.name}", default=None, help=help, metavar=metavar, choices=f.metadata["choices"], **kind
-        )
-    args = vars(parser.parse_args())
-    path = args.pop("config")
-    flags = {name: value for name, value in args.items() if value is not None}
-    return (read_toml(path, cls) if path else {}) | checked(flags, cls, "the command line")
+        options = {"help": f"{f.metadata['help']} [{f.default}]".replace("%", "%%")}
+        options["choices"] = f.metadata["choices"]
+        if f.type is bool:  # --compile alone means --compile=true
+            options |= {"type": boolean, "nargs": "?", "const": True}
+        else:
+            options["type"] = f.type
+        if not options["choices"]:
+            options["metavar"] = f.type.__name__.upper()
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **options)
+    flags = vars(parser.parse_args())
+    path = flags.pop("config")
+    from_file = read_toml(path, cls) if path else {}
+    return from_file | checked(flags, cls, "the command line")
 
 
 def read_toml(path: str, cls) -> dict:
@@ -137,37 +149,38 @@ def read_toml(path: str, cls) -> dict:
 
 
 def checked(settings: object, cls, where: object) -> dict:
-    """`settings`, read from `where`, if they are a dict of fields of dataclass `cls` with their types."""
-    known = {f.name: f for f in fields(cls)}
+    """`settings`, read from `where`, after checking that they are fields of dataclass `cls` of the right
+    type."""
     if not isinstance(settings, dict):
         raise UserError(f"{where} holds no settings")
-    settings = dict(settings)
+    known = {f.name: f for f in fields(cls)}
+    result = {}
     for key, value in settings.items():
         if key not in known:
-            raise UserError(
-                f"{where}: unknown key {key!r}{suggest(str(key), list(known))} (train.py --help lists all)"
-            )
+            close = suggest(str(key), list(known))
+            raise UserError(f"{where}: unknown key {key!r}{close} (train.py --help lists all)")
         kind, choices = known[key].type, known[key].metadata.get("choices")
         if kind is float and type(value) is int and abs(value) < 1 << 63:
-            value = settings[key] = float(value)
+            value = float(value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise UserError(f"{where}: {key} = {value!r} is not a {getattr(kind, '__name__', kind)}")
         if choices and value not in choices:
             raise UserError(f"{where}: {key} = {value!r} is not one of {', '.join(map(str, choices))}")
         if isinstance(value, str) and not value.isprintable():  # no path, plan or device has such characters
             raise UserError(f"{where}: {key} = {value!r} has characters that cannot be printed")
-    return settings
+        result[key] = value
+    return result
+
+
+# --- files ------------------------------------------------------------------------------------------------
 
 
 def read_json(path: Path, fix: str) -> dict:
-    """The JSON object in a file; UserError, naming the `fix`, where it is missing, damaged or something else.
-    A "checksum" in it (see `sealed`) must be right."""
+    """The JSON object in a file. UserError, which names the `fix`, where the file is missing or damaged."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("not an object")
-        if "checksum" in value and value != sealed(value):
-            raise ValueError("its checksum does not match")
         return value
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}; {fix}") from e
@@ -175,23 +188,11 @@ def read_json(path: Path, fix: str) -> dict:
         raise UserError(f"{path} is not JSON or damaged: {first_line(e)}; {fix}") from e
 
 
-def sealed(value: dict) -> dict:
-    """`value` with the checksum of all its other entries, so that a changed digit is noticed."""
-    text = json.dumps({key: value[key] for key in sorted(value) if key != "checksum"}, sort_keys=True)
-    return value | {"checksum": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def sha256(path: Path) -> str:
-    """About a second per GB."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def replace_file(path: Path, content: bytes) -> None:
-    """Write beside, flush to the disk, rename: whenever a machine stops, the old file is there or the new
-    one, never half of one."""
+    """Write a file next to `path`, flush it to the disk, and rename it: whenever the machine stops, either
+    the old file is there or the new one, never half of one."""
     work = path.with_name(path.name + ".tmp")
-    work.unlink(missing_ok=True)  # what a killed run left
+    work.unlink(missing_ok=True)  # left by a killed run
     try:
         with open(work, "xb") as file:
             file.write(content)
@@ -201,37 +202,85 @@ def replace_file(path: Path, content: bytes) -> None:
     except BaseException:
         work.unlink(missing_ok=True)  # a full disk needs the room
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the new name, too
-    os.close(folder)
+    if os.name == "posix":  # the new name must reach the disk too; Windows cannot open a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
-def first_line(e: Exception) -> str:
-    """An exception's message cut to one line, or its name where it has none."""
-    return next(iter(str(e).splitlines()), type(e).__name__)
+def write_lines(rows: Sequence[dict], path: Path) -> None:
+    """A .jsonl file: one JSON object a line."""
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+# --- output -----------------------------------------------------------------------------------------------
+
+
+def human(n: float, unit: str = "") -> str:
+    """1536 -> '1.54 k'; powers of 1000, three digits."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(n) < 999.5 or prefix == "T":
+            return f"{n:.3g} {prefix}{unit}".rstrip()
+        n /= 1000
 
 
 def duration(seconds: float) -> str:
     """75 -> '1m15s'"""
     s = int(seconds + 0.5)
-    return f"{s}s" if s < 60 else f"{s // 60}m{s % 60:02}s" if s < 3600 else f"{s // 3600}h{s // 60 % 60:02}m"
+    if s < 60:
+        return f"{s}s"
+    return f"{s // 60}m{s % 60:02}s" if s < 3600 else f"{s // 3600}h{s // 60 % 60:02}m"
+
+
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Lines of aligned columns, the first row being the header: the first `left` columns flush left, the
+    others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [f"{c:<{w}}" if i < left else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+class Pace:
+    """How fast work has gone lately: over the last few marks, so that a slow start is soon forgotten."""
+
+    def __init__(self, marks: int = 6):
+        self.marks = deque(maxlen=marks)
+
+    def mark(self, seconds: float, done: float):
+        self.marks.append((seconds, done))
+
+    @property
+    def rate(self) -> float:
+        """Units of work per second; 0 until it is known."""
+        (start, before), (end, after) = self.marks[0], self.marks[-1]
+        return (after - before) / (end - start) if end > start else 0.0
 
 
 class Progress:
-    """A line that shows how far a long piece of work is and the time left (every 10 s in a log file)."""
+    """A line that shows how far a long piece of work is and the time left. In a terminal it is rewritten in
+    place, in a log file a new one is written every ten seconds."""
 
     def __init__(self, what: str, total: float | None = None):
-        self.what, self.total, self.start, self.shown = what, total, time.monotonic(), 0.0
+        self.what, self.total = what, total
+        self.start = self.shown = time.monotonic()
         self.live, self.open = sys.stderr.isatty(), False
+        self.pace = Pace(marks=100 if self.live else 6)
+        self.pace.mark(self.start, 0)
 
     def __call__(self, done: float, note: str = ""):
-        now, finished = time.monotonic(), self.total is not None and done >= self.total
-        if not finished and now - max(self.shown, self.start) < (0.2 if self.live else 10):
+        now = time.monotonic()
+        finished = self.total is not None and done >= self.total
+        if not finished and now - self.shown < (0.2 if self.live else 10):
             return
-        self.shown, spent = now, now - self.start
-        text = f"{self.what} {note}  {duration(spent)}"
+        self.shown = now
+        self.pace.mark(now, done)
+        text = f"{self.what} {note}  {duration(now - self.start)}"
         if self.total is not None and not finished:
-            left = duration(spent * (self.total / done - 1)) if done else "?"
+            rate = self.pace.rate
+            left = duration((self.total - done) / rate) if rate else "?"
             text = f"{self.what} {done / self.total:4.0%} {note}  {left} left"
         end = "\n" if finished or not self.live else ""
         self.open = not end

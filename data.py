@@ -1,9 +1,9 @@
 """Text in, tokens out: tokenizers, `train.bin` and `val.bin`, and the batches that training reads.
 
-python data.py                                        the default corpus: this Python's standard library
-python data.py --dataset shakespeare                  downloads 1 MB
-python data.py --input FILE_OR_FOLDER --name NAME     your own UTF-8 text
-python data.py --hf NAME [--split S --column C]       a Hugging Face dataset, or a local .jsonl or .parquet
+python data.py                                       the default corpus: this Python's standard library
+python data.py --dataset shakespeare                 downloads 1 MB
+python data.py --input FILE_OR_FOLDER --name NAME    your own UTF-8 text; --glob '*.txt' takes some files
+python data.py --hf NAME [--split S --column C]      a Hugging Face dataset, or a local .jsonl or .parquet
 """
 
 import base64
@@ -12,6 +12,7 @@ import heapq
 import http.client
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -27,7 +28,8 @@ import numpy as np
 import tiktoken
 import torch
 
-from cli import Parser, Progress, UserError, first_line, read_json, run, sealed, sha256
+import cli
+from cli import Parser, Progress, UserError, first_line, read_json
 
 # --- tokenizers -------------------------------------------------------------------------------------------
 
@@ -134,13 +136,10 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def load_tokenizer(folder: str | Path) -> "tiktoken.Encoding | JsonTokenizer":
-    """The tokenizer of a tokenized corpus (data/NAME) or of a run made from one."""
+    """The tokenizer of a tokenized corpus (data/NAME) or of a run that was trained on one."""
     folder = Path(folder)
     meta = read_meta(folder)
     name = meta["tokenizer"]
-    path = folder / ("tokenizer.json" if name.endswith(".json") else "tokenizer.tiktoken")
-    if path.exists() and meta.get("tokenizer_sha256", sha256(path)) != sha256(path):
-        raise UserError(f"{path} is damaged or not the one that {folder} was made with; {MAKE_AGAIN}")
     if name == "bytes":
         enc = encoding("bytes", {bytes([b]): b for b in range(256)})
     elif name == "gpt2":
@@ -151,22 +150,16 @@ def load_tokenizer(folder: str | Path) -> "tiktoken.Encoding | JsonTokenizer":
                 "tokenizer gpt2 is downloaded at first use and could not be reached; go online once, or use "
                 "--tokenizer bpe:4096 or bytes"
             ) from e
+    elif name.endswith(".json"):
+        enc = JsonTokenizer(folder / "tokenizer.json")
     else:
-        enc = JsonTokenizer(path) if name.endswith(".json") else encoding(name, read_ranks(path))
-    if not enc.n_vocab == meta.get("vocab_size", enc.n_vocab) <= MAX_VOCAB:
+        enc = encoding(name, read_ranks(folder / "tokenizer.tiktoken"))
+    if enc.n_vocab != meta.get("vocab_size", enc.n_vocab):
         raise UserError(
             f"{folder}: its tokenizer has {enc.n_vocab:,} tokens and meta.json says "
-            f"{meta.get('vocab_size')}, at most {MAX_VOCAB:,}; {MAKE_AGAIN}"
+            f"{meta.get('vocab_size')}; {MAKE_AGAIN}"
         )
     return enc
-
-
-def token_bytes(enc: "tiktoken.Encoding | JsonTokenizer", i: int) -> bytes:
-    """The bytes of token `i`; a replacement character where a model has more tokens than its tokenizer."""
-    try:
-        return enc.decode_single_token_bytes(i)
-    except KeyError:
-        return "\ufffd".encode()
 
 
 class JsonTokenizer:
@@ -178,8 +171,7 @@ class JsonTokenizer:
         except ImportError as e:
             raise UserError("tokenizer.json needs the package tokenizers: pip install tokenizers") from e
         try:
-            text = path.read_text()
-            self.tokenizer = Tokenizer.from_str(text)
+            self.tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
             vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
             self.n_vocab = max(vocabulary.values()) + 1
         except OSError as e:
@@ -190,27 +182,54 @@ class JsonTokenizer:
         self.eot_token = next((vocabulary[end] for end in ends if end in vocabulary), None)
         if self.eot_token is None:
             raise UserError(f"{path} has none of the end-of-text tokens {', '.join(ends)}")
-        added = json.loads(text).get("added_tokens") or []
-        self._added = {token["id"] for token in added}
-        # byte-level tokenizers write every byte as one printable character, after GPT-2
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        rest = [b for b in range(256) if b not in printable]
-        self._byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
-        self._byte_level = "ByteLevel" in json.dumps(json.loads(text).get("decoder"))
+        # What the tokenizer itself puts in front of every text: the BOS of Llama's.
+        plain, full = self.encode_ordinary("a"), self.tokenizer.encode("a").ids
+        starts = [n for n in range(len(full)) if full[n : n + len(plain)] == plain]
+        self.start = full[: starts[0]] if starts else []
 
     def encode_ordinary(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        return b"".join(map(self.decode_single_token_bytes, ids)).decode(errors="replace")
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
 
-    def decode_single_token_bytes(self, i: int) -> bytes:
-        token = self.tokenizer.id_to_token(i) or ""
-        if self._byte_level and i not in self._added:
-            return bytes(self._byte[c] for c in token)
-        if m := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
-            return bytes([int(m[1], 16)])
-        return token.replace("\u2581", " ").encode()
+
+def prompt(enc: "tiktoken.Encoding | JsonTokenizer", text: str) -> list[int]:
+    """The tokens of a text that is to be continued, after what its tokenizer puts in front of every text. An
+    empty one begins as a document does: after the end of the one before."""
+    start = getattr(enc, "start", [])
+    return start + enc.encode_ordinary(text) or [enc.eot_token]
+
+
+class TextStream:
+    """The text of tokens that arrive one by one. What a token adds depends on those before it, and a
+    character may take several tokens: text is given out when all of its tokens are there."""
+
+    def __init__(self, enc: "tiktoken.Encoding | JsonTokenizer"):
+        self.enc = enc
+        self.before: list[int] = []  # the tokens given out last, as context
+        self.waiting: list[int] = []
+
+    def __call__(self, token: int) -> str:
+        """The text that is whole with this token."""
+        if token >= self.enc.n_vocab:  # a model can have more tokens than its tokenizer
+            return self.rest() + "\ufffd"
+        self.waiting.append(token)
+        text = self.text()
+        if text.endswith("\ufffd"):
+            return ""
+        self.before, self.waiting = self.waiting, []
+        return text
+
+    def text(self) -> str:
+        known = self.enc.decode(self.before)
+        return self.enc.decode(self.before + self.waiting)[len(known) :]
+
+    def rest(self) -> str:
+        """What is still waiting, whole or not."""
+        text = self.text()
+        self.before, self.waiting = [], []
+        return text
 
 
 MAKE_AGAIN = "make the corpus again: python data.py (--help says how)"
@@ -230,10 +249,16 @@ def read_meta(folder: Path) -> dict:
 
 
 def read_text(path: Path) -> str:
+    """The UTF-8 text in a file, without a byte-order mark. UserError where it cannot be read or is no
+    text."""
     try:
-        return path.read_bytes().decode()
+        raw = path.read_bytes()
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{path} is UTF-16, not UTF-8 text; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW")
+    try:
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise UserError(
             f"{path} is not UTF-8 text (byte {e.start}); convert it, for example with iconv -t UTF-8"
@@ -250,6 +275,38 @@ def files_below(folder: Path, pattern: str, left_out: Iterable[str] = ()) -> lis
             paths.append(path)
     random.Random(0).shuffle(paths)
     return paths
+
+
+def text_files(folder: Path, pattern: str) -> list[Path]:
+    """The files below a folder that match the pattern and hold UTF-8 text. Says what was passed over, and
+    raises UserError where nothing matches or most files are something else."""
+    paths = files_below(folder, pattern)
+    if not paths:
+        raise UserError(f"no file below {folder} matches --glob {pattern!r}; hidden ones are left out")
+    texts, skipped, empty, crlf = [], [], 0, 0
+    for path in paths:
+        try:
+            text = read_text(path)
+        except UserError as e:
+            skipped.append((path, "UTF-16" in str(e)))
+            continue
+        texts.append(path)
+        empty += not text
+        crlf += "\r\n" in text
+    if skipped:
+        names = ", ".join(str(path.relative_to(folder)) for path, _ in sorted(skipped)[:3])
+        more = ", ..." if len(skipped) > 3 else ""
+        found = f"{len(skipped)} of {len(paths)} files below {folder} are not UTF-8 text: {names}{more}"
+        if utf16 := sum(is_utf16 for _, is_utf16 in skipped):
+            found += f" ({utf16} in UTF-16: convert with iconv -f UTF-16 -t UTF-8)"
+        if len(skipped) > len(texts):
+            raise UserError(f"{found}; choose the text files, for example --glob '*.txt'")
+        print(f"left out: {found}")
+    if empty:
+        print(f"{empty} empty files")
+    if crlf:
+        print(f"{crlf} files have Windows line ends (CRLF), which stay as they are")
+    return texts
 
 
 def python_corpus() -> list[Path]:
@@ -371,6 +428,25 @@ def _sample(documents: Callable[[], Iterable[str]]) -> Iterator[str]:
                 return
 
 
+class TokenFile:
+    """train.bin or val.bin while it is written, with the counts that meta.json has of it."""
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self.file, self.dtype, self.hash = open(path, "wb"), dtype, hashlib.sha256()
+        self.n_tokens = self.n_bytes = 0
+
+    def add(self, ids: list[int], n_bytes: int = 0) -> None:
+        raw = np.array(ids, dtype=self.dtype).tobytes()
+        self.file.write(raw)
+        self.hash.update(raw)
+        self.n_tokens += len(ids)
+        self.n_bytes += n_bytes  # of text
+
+    def close(self) -> dict:
+        self.file.close()
+        return {"tokens": self.n_tokens, "bytes": self.n_bytes, "sha256": self.hash.hexdigest()}
+
+
 def prepare(
     folder: Path,
     documents: Callable[[], Iterable[str]],
@@ -382,63 +458,82 @@ def prepare(
     appears whole or not at all. `n_bytes`, where known, is for the time left. Returns the meta data."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    old = work.with_name(work.name + "-replaced")
     try:
         print(f"{folder}: tokenizer {tokenizer}", flush=True)
         make_tokenizer(tokenizer, documents, work)
         meta = {"tokenizer": tokenizer, "source": source}
-        for path in work.glob("tokenizer.*"):
-            meta["tokenizer_sha256"] = sha256(path)
-        (work / "meta.json").write_text(json.dumps(meta))
+        (work / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         enc = load_tokenizer(work)
-        dtype = np.dtype("<u2" if enc.n_vocab <= 1 << 16 else "<u4")
-        counts = {s: {"tokens": 0, "bytes": 0, "sha256": hashlib.sha256()} for s in ("train", "val")}
-        progress = Progress("tokenizing", n_bytes)
-        with open(work / "train.bin", "wb") as train, open(work / "val.bin", "wb") as val:
-            files = {"train": train, "val": val}
-            for text, split in split_documents(documents()):
-                c = counts[split]
-                for piece in pieces(text):
-                    _write(enc.encode_ordinary(piece), dtype, files[split], c)
-                    c["bytes"] += len(piece.encode())
-                    n_tokens, done = (sum(c[key] for c in counts.values()) for key in ("tokens", "bytes"))
-                    progress(done, f"{n_tokens:,} tokens")
-                if text:
-                    _write([enc.eot_token], dtype, files[split], c)
-        progress.close()
-        for split, c in counts.items():
-            if c["tokens"] < 2:
+        meta |= write_tokens(work, documents, enc, n_bytes)
+        for split in ("train", "val"):
+            if meta[split]["tokens"] < 2:
                 raise UserError(
                     f"{source} is too short: its {split} part has no text; give 1,000 characters or more"
                 )
-            c["sha256"] = c["sha256"].hexdigest()
-        meta = sealed(meta | {"vocab_size": enc.n_vocab, "dtype": dtype.name} | counts)
-        (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         work.chmod(0o755)  # mkdtemp made it private
-        if folder.exists():
-            folder.rename(old)
-        try:
-            work.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
+        take_place(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
     t, v = meta["train"], meta["val"]
+    ratio = (t["bytes"] + v["bytes"]) / (t["tokens"] + v["tokens"])
     print(
         f"{folder}: {t['tokens']:,} train and {v['tokens']:,} val tokens, vocabulary {meta['vocab_size']:,}, "
-        f"{(t['bytes'] + v['bytes']) / (t['tokens'] + v['tokens']):.2f} bytes/token"
+        f"{ratio:.2f} bytes/token"
     )
     return meta
 
 
-def _write(ids: list[int], dtype: np.dtype, file, count: dict):
-    raw = np.array(ids, dtype=dtype).tobytes()
-    file.write(raw)
-    count["sha256"].update(raw)
-    count["tokens"] += len(ids)
+def write_tokens(folder: Path, documents: Callable[[], Iterable[str]], enc, n_bytes: int | None) -> dict:
+    """Write train.bin and val.bin. Returns what meta.json says of them."""
+    dtype = np.dtype("<u2" if enc.n_vocab <= 1 << 16 else "<u4")
+    files = {split: TokenFile(folder / f"{split}.bin", dtype) for split in ("train", "val")}
+    progress = Progress("tokenizing", n_bytes)
+    for text, split in split_documents(documents()):
+        file = files[split]
+        if text:
+            file.add(getattr(enc, "start", []))  # what its tokenizer puts in front of every text
+        for piece in pieces(text):
+            file.add(enc.encode_ordinary(piece), len(piece.encode()))
+            n_tokens = sum(file.n_tokens for file in files.values())
+            progress(sum(file.n_bytes for file in files.values()), f"{n_tokens:,} tokens")
+        if text:
+            file.add([enc.eot_token])
+    progress.close()
+    counts = {split: file.close() for split, file in files.items()}
+    return {"vocab_size": enc.n_vocab, "dtype": dtype.name} | counts
+
+
+def take_place(work: Path, folder: Path) -> None:
+    """Rename `work` to `folder`. An older folder of that name goes, once the new one is there."""
+    old = work.with_name(work.name + "-replaced")
+    if folder.exists():
+        folder.rename(old)
+    try:
+        work.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    """About a second per GB."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verified(folder: Path) -> dict:
+    """The meta data of a tokenized corpus, after comparing its files with the checksums there."""
+    meta = read_meta(folder)
+    if type(meta.get("vocab_size")) is not int or not 1 <= meta["vocab_size"] <= MAX_VOCAB:
+        raise UserError(f"{folder / 'meta.json'} says vocab_size {meta.get('vocab_size')!r}; {MAKE_AGAIN}")
+    for split in ("train", "val"):
+        path, counts = folder / f"{split}.bin", meta.get(split)
+        if not path.exists() or not isinstance(counts, dict) or sha256(path) != counts.get("sha256"):
+            raise UserError(f"{path} is missing or its sha256 is not the one in meta.json; {MAKE_AGAIN}")
+    return meta
 
 
 def prepare_dataset(name: str, folder: Path, tokenizer: str = "bpe:4096") -> dict:
@@ -462,8 +557,7 @@ def prepare_dataset(name: str, folder: Path, tokenizer: str = "bpe:4096") -> dic
 
 
 class Tokens:
-    """One split of a tokenized corpus, cut into windows of `block_size` tokens and the next one. The file is
-    compared with the size and the sha256 in meta.json, which takes about a second per GB."""
+    """One split of a tokenized corpus, cut into windows of `block_size` tokens and the next one."""
 
     def __init__(self, folder: str | Path, split: str, block_size: int):
         self.meta = read_meta(Path(folder))
@@ -477,8 +571,6 @@ class Tokens:
             self.ids = np.memmap(self.path, dtype=dtype, mode="r")
             if len(self.ids) != count:
                 raise ValueError(f"it holds {len(self.ids):,} tokens and meta.json says {count:,}")
-            if sha256(self.path) != self.meta[split]["sha256"]:
-                raise ValueError("its sha256 is not the one in meta.json")
         except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as e:
             raise UserError(f"cannot read {self.path} ({e}); {MAKE_AGAIN}") from e
         self.n_windows = (len(self.ids) - 1) // block_size
@@ -487,6 +579,10 @@ class Tokens:
                 f"{self.path} has {len(self.ids):,} tokens, too few for a window of block_size {block_size} "
                 "and the token after it; lower --block_size or bring more text"
             )
+
+    def bits_per_byte(self, nats_per_token: float) -> float:
+        """A loss that does not depend on the tokenizer."""
+        return nats_per_token / math.log(2) / self.bytes_per_token
 
     def windows(self, starts: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets (one token on), each (B, block_size) int64."""
@@ -525,6 +621,7 @@ def main():
         "--dataset", choices=("python", "shakespeare"), help="a built-in corpus (the default: python)"
     )
     parser.add_argument("--input", metavar="PATH", help="a UTF-8 file, or a folder of them; needs --name")
+    parser.add_argument("--glob", default="*", help="with --input FOLDER: the files to take [*, all]")
     parser.add_argument(
         "--hf", metavar="NAME", help="a Hugging Face dataset or a local .jsonl or .parquet file"
     )
@@ -550,7 +647,7 @@ def main():
     folder = Path(args.data_dir) / name
     if args.input:
         path = Path(args.input)
-        paths = files_below(path, "*") if path.is_dir() else [path]
+        paths = text_files(path, args.glob) if path.is_dir() else [path]
         size = sum(p.stat().st_size for p in paths if p.exists())
         prepare(folder, lambda: map(read_text, paths), args.tokenizer, os.path.basename(path.resolve()), size)
     elif args.hf:
@@ -560,4 +657,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -1,49 +1,32 @@
-"""Hugging Face checkpoint folders in and out: Llama (SmolLM too), Mistral, Qwen2 and Qwen3.
+"""Hugging Face checkpoint folders in and out (Llama with SmolLM, Mistral, Qwen2, Qwen3), and conversion to
+a plan.
 
     python hf.py RUN FOLDER                      # write a training run as such a folder
     model = load_hf("path/to/SmolLM2-135M")      # config.json and model*.safetensors
     save_hf(model, "path/to/mine")               # a folder that transformers opens
 
-Needs the package safetensors. What a config asks for and this model does not have is refused by name. The
-plan lives in nanokv.json, with checksums of the other files, and its gates in nanokv.safetensors.
-"""
+Needs the package safetensors. What a config asks for and this model does not have is refused by name; keys
+that change nothing are passed over. A plan stands in config.json under "nanokv", its gates among the
+weights."""
 
-import hashlib
 import json
-import math
 import shutil
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from cli import Parser, UserError, checked, read_json, replace_file, run, sealed, sha256
-from kv_router import PlanError, check_size
-from model import GPT, GPTConfig
+import cli
+import data
+from cli import Parser, UserError, checked, read_json, replace_file
+from kv_router import Plan, PlanError
+from model import GPT, GPTConfig, SequenceKV
+from runs import load_run
 
-# Config keys that change nothing in a forward pass of these families.
-IGNORED = {
-    *(
-        "architectures",
-        "dtype",
-        "torch_dtype",
-        "transformers_version",
-        "model_type",
-        "use_cache",
-        "return_dict",
-    ),
-    *(
-        "initializer_range",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "id2label",
-        "label2id",
-        "_name_or_path",
-    ),
-    *("max_window_layers", "rope_theta", "rope_scaling", "rope_parameters", "layer_types", "sliding_window"),
-}
-# HF's name of a setting -> ours.
-SIZES = {
+FAMILIES = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
+SIZES = {  # transformers' name of a setting -> ours
     "vocab_size": "vocab_size",
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",
@@ -55,27 +38,24 @@ SIZES = {
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_embeddings",
 }
+OWN = ("plan", "forward_passes", "backward_passes")  # what a folder of ours adds, under "nanokv"
+LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+# Keys that every transformers config can have, and that change nothing in a forward pass.
+COMMON = """architectures dtype torch_dtype transformers_version model_type use_cache return_dict id2label
+    label2id initializer_range attention_dropout bos_token_id eos_token_id pad_token_id _name_or_path
+    max_window_layers output_attentions output_hidden_states is_encoder_decoder problem_type""".split()
+READ = """is_causal original_max_position_embeddings rope_theta rope_scaling rope_parameters layer_types
+    sliding_window use_sliding_window hidden_act attention_bias mlp_bias pretraining_tp partial_rotary_factor
+    quantization_config nanokv""".split()
 FETCH = "fetch the checkpoint folder again"
-FAMILIES = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
 
 
-def hf_name(name: str) -> str:
-    """blocks.3.attn.q_proj.weight -> model.layers.3.self_attn.q_proj.weight"""
-    if name == "lm_head.weight":
-        return name
-    for ours, theirs in (
-        ("embed.", "embed_tokens."),
-        ("blocks.", "layers."),
-        (".norm1.", ".input_layernorm."),
-        (".norm2.", ".post_attention_layernorm."),
-        (".attn.", ".self_attn."),
-    ):
-        name = name.replace(ours, theirs)
-    return "model." + name
+# --- config.json ------------------------------------------------------------------------------------------
 
 
 def read_config(folder: str | Path, block_size: int | None = None) -> GPTConfig:
-    """The model that a folder's config.json asks for, with a context of `block_size`, by default its own."""
+    """The model that a folder's config.json asks for, with a context of `block_size`, by default its own.
+    UserError names what it asks for and this model does not have."""
     path = Path(folder) / "config.json"
     hf = read_json(path, FETCH)
     family = hf.get("model_type")
@@ -84,70 +64,97 @@ def read_config(folder: str | Path, block_size: int | None = None) -> GPTConfig:
     sizes = {ours: hf[theirs] for theirs, ours in SIZES.items() if hf.get(theirs) is not None}
     sizes = checked(sizes, GPTConfig, path)
     if missing := {"vocab_size", "n_embd", "n_layer", "n_head"} - set(sizes):
-        names = [theirs for theirs, ours in SIZES.items() if ours in missing]
-        raise UserError(f"{path} lacks {', '.join(names)}")
-    sizes = {"tie_embeddings": False, "n_kv_head": 0, "norm_eps": 1e-6} | sizes
-    sizes["block_size"] = min(block_size or sizes.get("block_size", 2048), sizes.get("block_size", 2048))
+        raise UserError(f"{path} lacks {', '.join(name for name, ours in SIZES.items() if ours in missing)}")
+    sizes = {"tie_embeddings": False, "n_kv_head": 0, "norm_eps": 1e-6, "block_size": 2048} | sizes
+    sizes["block_size"] = min(block_size or sizes["block_size"], sizes["block_size"])
+    refuse_what_we_lack(hf, family, sizes["block_size"], path)
+    own = checked(hf.get("nanokv", {}), GPTConfig, path)
+    if unknown := set(own) - set(OWN):
+        raise UserError(f"{path}: {min(unknown)!r} under nanokv is not known; valid are {', '.join(OWN)}")
+    rope = read_rope(hf, sizes["norm_eps"], path)
+    return GPTConfig(**sizes, **FAMILIES[family], **own, **rope, stop_tokens=stop_tokens(Path(folder), hf))
+
+
+def refuse_what_we_lack(hf: dict, family: str, block_size: int, path: Path) -> None:
+    """UserError for a key that transformers' model of this family reads and that asks for more than we
+    have."""
 
     def refuse(what: object):
         raise UserError(f"{path} asks for {what}, which this model does not have")
 
-    if hf.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act {hf['hidden_act']!r}")
-    if hf.get("pretraining_tp", 1) != 1:
-        refuse(f"pretraining_tp {hf['pretraining_tp']}")
-    window = hf.get("sliding_window") if family == "mistral" or hf.get("use_sliding_window") else None
+    wanted = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "pretraining_tp": 1, "is_causal": True}
+    biases = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",)}
+    wanted |= dict.fromkeys(biases.get(family, ()), False)
+    for key, value in wanted.items():
+        if hf.get(key) is not None and hf[key] != value:
+            refuse(f"{key} = {hf[key]!r}")
+    if hf.get("quantization_config"):
+        refuse(f"quantization_config = {hf['quantization_config']!r}")
+    if family == "llama":  # it reads neither windows nor kinds of layers
+        return
+    kinds = hf.get("layer_types") or []
+    if not isinstance(kinds, list):
+        refuse(f"layer_types = {kinds!r}")
+    if others := {str(kind) for kind in kinds} - {"full_attention", "sliding_attention"}:
+        refuse(f"layers of type {min(others)!r}")
+    windowed = "sliding_attention" in kinds or hf.get("use_sliding_window") or family == "mistral"
+    default = 4096 if family == "mistral" else None
+    window = hf.get("sliding_window", default) if windowed else None
     if window and not isinstance(window, int):
         refuse(f"a sliding window of {window!r} tokens")
-    if window and window < sizes["block_size"]:
+    if window and window < block_size:
         refuse(f"a sliding window of {window} tokens (load it with block_size={window} and none is needed)")
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+
+
+def read_rope(hf: dict, norm_eps: float, path: Path) -> dict:
+    """rope_theta and rope_scaling, in the spelling of new (rope_parameters) or old transformers (the
+    others)."""
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        refuse(f"rope scaling {rope!r}")
+        raise UserError(f"{path} asks for rope scaling {rope!r}, which this model does not have")
     rope = dict(rope)
     theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    if kind == "default":
-        rope = {}
-    elif kind != "llama3":
-        refuse(f"rope scaling of type {kind!r}")
-    elif set(rope) != LLAMA3_ROPE:
-        refuse(f"llama3 rope scaling with {', '.join(sorted(set(rope) ^ LLAMA3_ROPE))} missing or unknown")
-    numbers = {"norm_eps": sizes["norm_eps"], "rope_theta": theta} | rope
-    if bad := [n for n, x in numbers.items() if not isinstance(x, int | float) or not 0 < x < math.inf]:
-        refuse(f"{bad[0]} = {numbers[bad[0]]!r}")
-    if rope and not rope["low_freq_factor"] < rope["high_freq_factor"]:
-        refuse("high_freq_factor below low_freq_factor")
-    known = IGNORED | set(SIZES) | {"hidden_act", "pretraining_tp", "use_sliding_window"}
-    for key, value in hf.items():
-        if key not in known and value:  # switched off, or 0.0, is what we have
-            refuse(f"{key} = {value!r}")
-    own = read_own(Path(folder))
-    return GPTConfig(**sizes, **FAMILIES[family], **own, rope_theta=theta, rope_scaling=rope or None)
+    rope.pop("type", None)
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{path} asks for a partial_rotary_factor, which this model does not have")
+    if kind not in ("default", "llama3"):
+        raise UserError(f"{path} asks for rope scaling of type {kind!r}, which this model does not have")
+    if original := hf.get("original_max_position_embeddings"):
+        rope["original_max_position_embeddings"] = original
+    scaling = {name: rope.get(name) for name in LLAMA3_ROPE} if kind == "llama3" else {}
+    if missing := [name for name, value in scaling.items() if value is None]:
+        raise UserError(f"{path} asks for llama3 rope scaling without {', '.join(sorted(missing))}")
+    for name, value in {"rms_norm_eps": norm_eps, "rope_theta": theta, **scaling}.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
+            raise UserError(f"{path} asks for {name} = {value!r}, which no model can have")
+    if scaling and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
+        raise UserError(f"{path} asks for a high_freq_factor that is not above low_freq_factor")
+    return {"rope_theta": float(theta), "rope_scaling": scaling or None}
 
 
-OWN = ("plan", "forward_passes", "backward_passes")  # settings that config.json has no place for
-LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+def stop_tokens(folder: Path, hf: dict) -> list[int]:
+    """The tokens that end a text: eos_token_id, a number or a list, of config.json and
+    generation_config.json."""
+    found = [hf.get("eos_token_id")]
+    if (folder / "generation_config.json").exists():
+        found.append(read_json(folder / "generation_config.json", FETCH).get("eos_token_id"))
+    tokens = [token for ids in found for token in (ids if isinstance(ids, list) else [ids])]
+    return sorted({token for token in tokens if isinstance(token, int) and token >= 0})
 
 
-def read_own(folder: Path) -> dict:
-    """What save_hf wrote into nanokv.json, where there is one, after comparing the checksums in it."""
-    path = folder / "nanokv.json"
-    if not path.exists():
-        return {}
-    own = read_json(path, FETCH)
-    sums = own.get("sha256", {})
-    for name in sums if isinstance(sums, dict) else ():
-        if sha256(folder / Path(name).name) != sums[name]:
-            raise UserError(f"{folder / name} is damaged or not of {path}; {FETCH}, or delete {path.name}")
-    own = {name: value for name, value in own.items() if name not in ("sha256", "checksum")}
-    if unknown := set(own) - set(OWN):
-        raise UserError(f"{path}: {min(unknown)!r} is not known; valid are {', '.join(OWN)}")
-    return checked(own, GPTConfig, path)
+def unknown_keys(folder: Path) -> list[str]:
+    """Keys of config.json that are passed over and that not every config has."""
+    hf = read_json(folder / "config.json", FETCH)
+    known = set(SIZES) | set(COMMON) | set(READ)
+    return sorted(key for key, value in hf.items() if key not in known and value)
 
 
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder's safetensors: one file, or the shards that its index names."""
+# --- reading ----------------------------------------------------------------------------------------------
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors: of one file, or of the shards that its index names."""
     try:
         from safetensors.torch import load_file
     except ImportError as e:
@@ -167,15 +174,14 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{pickled} holds pickled weights, which can run code; convert them to safetensors")
     else:
         raise UserError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
-    extra = folder / "nanokv.safetensors"
     tensors = {}
-    for file in [*files, *([extra] if extra.exists() else [])]:
+    for file in files:
         try:
             tensors |= load_file(file)
         except FileNotFoundError as e:
-            raise UserError(f"the shard {file} is missing; fetch the checkpoint again") from e
+            raise UserError(f"the shard {file} is missing; {FETCH}") from e
         except Exception as e:  # safetensors' own error type, for what is truncated or no safetensors at all
-            raise UserError(f"{file} is damaged or no safetensors file ({e}); fetch it again") from e
+            raise UserError(f"{file} is damaged or no safetensors file ({e}); {FETCH}") from e
     return tensors
 
 
@@ -185,82 +191,172 @@ def load_hf(folder: str | Path, block_size: int | None = None, dtype: torch.dtyp
     Raises UserError (one line) for a missing, truncated or pickled file, a tensor that is missing, of the
     wrong shape or not known, and for what its config asks and this model does not have."""
     folder = Path(folder)
-    config = read_config(folder, block_size)
-    tensors = read_tensors(folder)
     try:
-        check_size(config, config.block_size, sum(t.nbytes for t in tensors.values()))
+        config = read_config(folder, block_size)
+        with torch.device("meta"):  # takes no memory: settings in a file could ask for any size
+            model = GPT(config)
     except PlanError as e:
         raise UserError(f"{folder}: {e}") from e
-    model = GPT(config).to(dtype)
-    wanted = {hf_name(name): p for name, p in model.state_dict().items()}
-    if model.config.tie_embeddings:  # some folders store the shared matrix once more
-        tensors.pop("lm_head.weight", None)
-        del wanted["lm_head.weight"]
-    tensors = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    for name in sorted(set(wanted) | set(tensors)):
-        if name not in tensors:
+    if passed_over := unknown_keys(folder):
+        print(f"{folder / 'config.json'}: passed over {', '.join(passed_over)}")
+    tensors = read_tensors(folder)
+    wanted = {hf_name(name): (name, p.shape) for name, p in model.state_dict().items()}
+    if config.tie_embeddings:  # some folders store the shared matrix twice
+        shared = tensors.get("model.embed_tokens.weight")
+        again = tensors.setdefault("lm_head.weight", shared)
+        if again is not None and not (shared is not None and torch.equal(shared, again)):
             raise UserError(
-                f"{folder} has no tensor {name}, which its config.json asks for; a shard may be missing"
+                f"{folder}: lm_head.weight differs, and tie_word_embeddings says that it is shared"
+            )
+    tensors = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    state = {}
+    for name in sorted(set(wanted) | set(tensors)):
+        if tensors.get(name) is None:
+            tied = " and tie_word_embeddings is false" if name == "lm_head.weight" else ""
+            raise UserError(
+                f"{folder} has no tensor {name}, which its config.json asks for{tied}; a shard may be missing"
             )
         if name not in wanted:
             raise UserError(f"{folder} has a tensor {name}, which this model does not have")
-        if wanted[name].shape != tensors[name].shape:
-            have, want = tuple(tensors[name].shape), tuple(wanted[name].shape)
+        ours, shape = wanted[name]
+        if tensors[name].shape != shape:
+            have, want = tuple(tensors[name].shape), tuple(shape)
             raise UserError(f"{folder}: tensor {name} is {have} and its config.json asks for {want}")
-        wanted[name].copy_(tensors[name])
+        state[ours] = tensors[name].to(dtype)
+    model.load_state_dict(state, assign=True)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.embed.weight
     return model.eval()
 
 
-def export(model: GPT) -> tuple[dict, dict[str, torch.Tensor]]:
-    """What transformers needs to build the same model: its config and its weights, the model's own memory. As
-    Qwen3 with QK-norm, as Qwen2 with biases, else as Llama; UserError where none of them fits."""
+def hf_name(name: str) -> str:
+    """blocks.3.attn.q_proj.weight -> model.layers.3.self_attn.q_proj.weight"""
+    if name == "lm_head.weight":
+        return name
+    for ours, theirs in (
+        ("embed.", "embed_tokens."),
+        ("blocks.", "layers."),
+        (".norm1.", ".input_layernorm."),
+        (".norm2.", ".post_attention_layernorm."),
+        (".attn.", ".self_attn."),
+    ):
+        name = name.replace(ours, theirs)
+    return "model." + name
+
+
+# --- conversion to a plan ---------------------------------------------------------------------------------
+
+
+def pretrained(folder: str, plan: str, corpus: Path, block_size: int) -> GPT:
+    """The model in a Hugging Face folder, converted to `plan` on 16 windows of the corpus's training text.
+    UserError where the corpus was not tokenized with the folder's own tokenizer."""
+    model = load_hf(folder, block_size)
+    tokens = data.Tokens(corpus, "train", block_size)
+    own = Path(folder) / "tokenizer.json"
+    again = f"python data.py --tokenizer {own} --name NAME"
+    if tokens.meta["vocab_size"] > model.config.vocab_size:
+        raise UserError(
+            f"{corpus} has a vocabulary of {tokens.meta['vocab_size']:,} and {folder} one of "
+            f"{model.config.vocab_size:,}; tokenize with the folder's own: {again}"
+        )
+    for name in ("tokenizer.json", "tokenizer.tiktoken"):
+        theirs, ours = Path(folder) / name, corpus / name
+        if theirs.exists() and not (ours.exists() and data.sha256(ours) == data.sha256(theirs)):
+            raise UserError(
+                f"{corpus} was not tokenized with {theirs}, as the model's text was; "
+                f"make one that is: {again}"
+            )
+    if Plan.parse(plan, model.config.n_layer) != model.plan:
+        model = convert(model, plan, [x for x, _ in tokens.held_out(16, 4)])
+    return model
+
+
+@torch.no_grad()
+def convert(model: GPT, plan: str, calibration: Iterable[Tensor] = ()) -> GPT:
+    """A model built for `plan` with the weights of `model`, without the projections that no layer reads any
+    more. PlanError where `model` lacks what the plan reads.
+
+    With `calibration`, batches of token ids (B, T), the gates of fused layers are fitted: those with which
+    the sources' K and V come closest, in least squares, to the K and V that the layer had of its own.
+    Without it they start as in a new model."""
+    new = GPT(replace(model.config, plan=plan)).to(model.embed.weight)
+    model.check_sources(new.plan)
+    weights = model.state_dict()
+    new.load_state_dict({name: weights.get(name, p) for name, p in new.state_dict().items()})
+    systems = {}  # (layer, "k" or "v") -> A and b of the normal equations A gate = b
+    for idx in calibration:
+        kv = SequenceKV(model.plan)
+        model.hidden(idx, model.plan, kv=kv)
+        for i, route in enumerate(new.plan.routes):
+            for kind, sources, stored in (("k", route.k, kv.k), ("v", route.v, kv.v)):
+                if len(sources) > 1 and stored[i] is not None:
+                    A, b = normal_equations([stored[j] for j in sources], stored[i], paired=kind == "k")
+                    old = systems.get((i, kind), (0, 0))
+                    systems[i, kind] = old[0] + A, old[1] + b
+    for (i, kind), (A, b) in systems.items():
+        m = A.size(-1)
+        ridge = 1e-6 * A.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(m).to(A)
+        gate = torch.linalg.solve(A + ridge, b)  # (nkv, d or d/2, m)
+        attn = new.blocks[i].attn
+        (attn.k_gate if kind == "k" else attn.v_gate).copy_(gate.permute(2, 0, 1)[:, :, None])
+    return new.eval()
+
+
+def normal_equations(sources: list[Tensor], own: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
+    """For every head and feature, A (nkv, d, m, m) and b (nkv, d, m) of the least-squares fit of `own`, (B,
+    nkv, T, d), on m sources. `paired`: both features of a rotated pair have one gate, so d/2 in place of
+    d."""
+    x, y = torch.stack(sources).double(), own.double()
+    if paired:  # the two halves of a head are further samples for the same gates
+        x, y = (torch.cat(t.chunk(2, dim=-1), dim=-2) for t in (x, y))
+    return torch.einsum("mbhtd,nbhtd->hdmn", x, x), torch.einsum("mbhtd,bhtd->hdm", x, y)
+
+
+# --- writing ----------------------------------------------------------------------------------------------
+
+
+def export(model: GPT) -> tuple[dict, dict[str, Tensor]]:
+    """What transformers needs to build the same model: its config and its weights, in the model's own memory.
+    Qwen3 with QK-norm, Qwen2 with biases, otherwise Llama; UserError where none of them fits."""
     c = model.config
     if c.qk_norm and c.qkv_bias:
         raise UserError("no Hugging Face family here has both QK-norm and biases without one on the output")
     family = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
-    architecture = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
     if family == "qwen2" and c.head_dim * c.n_head != c.n_embd:
         raise UserError(f"Qwen2 has head_dim n_embd / n_head, and this model {c.head_dim}")
-    rope = {"rope_theta": c.rope_theta, "rope_type": "default"}
     config = {theirs: getattr(c, ours) for theirs, ours in SIZES.items()}
     config |= {
-        "architectures": [architecture[family]],
+        "architectures": [f"{family.capitalize()}ForCausalLM"],
         "model_type": family,
         "hidden_act": "silu",
-        "rope_parameters": rope | ({"rope_type": "llama3", **c.rope_scaling} if c.rope_scaling else {}),
+        "rope_parameters": {"rope_theta": c.rope_theta, "rope_type": "default"},
         "dtype": str(model.embed.weight.dtype).removeprefix("torch."),
     }
+    if c.rope_scaling:
+        config["rope_parameters"] |= {"rope_type": "llama3", **c.rope_scaling}
+    if c.stop_tokens:
+        config["eos_token_id"] = c.stop_tokens
     return config, {hf_name(name): p.detach() for name, p in model.state_dict().items()}
 
 
 def save_hf(model: GPT, folder: str | Path) -> None:
     """Write a folder that transformers opens (see `export`). With a plan other than `full`, transformers
-    finds no weights for the projections that the plan does without, and knows nothing of the plan; `load_hf`
-    reads both."""
+    finds no weights for the projections that the plan does without, and knows nothing of the plan;
+    `load_hf` does."""
     from safetensors.torch import save
 
-    c, folder = model.config, Path(folder)
+    folder = Path(folder)
     config, state = export(model)
+    config["nanokv"] = {name: getattr(model.config, name) for name in OWN} | {"plan": model.plan.spec}
     state = {name: p.cpu().contiguous() for name, p in state.items()}
-    if c.tie_embeddings:
+    if model.config.tie_embeddings:
         del state["lm_head.weight"]
-    gates = {name: state.pop(name) for name in list(state) if name.endswith("_gate")}
-    files = {"config.json": (json.dumps(config, indent=1) + "\n").encode()}
-    files["model.safetensors"] = save(state, metadata={"format": "pt"})
-    if gates:
-        files["nanokv.safetensors"] = save(gates, metadata={"format": "pt"})
-    own = {name: getattr(c, name) for name in OWN} | {"plan": model.plan.spec}
-    own["sha256"] = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    files["nanokv.json"] = (json.dumps(sealed(own), indent=1) + "\n").encode()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "nanokv.safetensors").unlink(missing_ok=True)
-    for name, content in files.items():
-        replace_file(folder / name, content)
+    replace_file(folder / "model.safetensors", save(state, metadata={"format": "pt"}))
+    replace_file(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
 
 
 def main():
-    from train import load_run  # train.py reads folders through this file
-
     parser = Parser(__doc__)
     parser.add_argument("out_dir", metavar="RUN", help="a training run, for example out/demo/normal")
     parser.add_argument("folder", metavar="FOLDER", help="where config.json and model.safetensors go")
@@ -274,4 +370,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

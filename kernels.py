@@ -1,8 +1,7 @@
-"""The few tensor functions whose speed matters, and the one place that decides what is compiled.
+"""The few tensor functions whose speed matters, and the one place that decides what `torch.compile` compiles.
 
-Shapes: B sequences, T query positions, S key positions (S >= T, the queries are the last T of them),
-n_head query and n_kv_head key/value heads of head_dim features, each KV head serving a group of query heads.
-"""
+Shapes: B sequences; T query positions; S key positions, of which the queries are the last T; n_head query
+heads and n_kv_head key/value heads of d features, each KV head serving a group of query heads."""
 
 from collections.abc import Sequence
 
@@ -11,23 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-BLOCK = 128  # positions in a block of the cache
+# --- RoPE and fusion --------------------------------------------------------------------------------------
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE in the half-split convention: features j and j + d/2 of x (B, heads, T, d) turn together by the
-    position's angle; cos and sin are (T, d/2)."""
+    """RoPE in the half-split convention: features j and j + d/2 of x (B, heads, T, d) rotate together, by an
+    angle that grows with the position. cos and sin are (T, d/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
 def fuse(sources: Sequence[Tensor], gates: Tensor | None) -> Tensor:
-    """FusedKV, arXiv 2512.03870: sum over sources m of gates[m] * sources[m], elementwise along the features.
+    """FusedKV (arXiv 2512.03870): the sum of gates[m] * sources[m], elementwise along the features.
 
-    sources: each (B, n_kv_head, S, d). gates: (m, n_kv_head, 1, d), or None for a single source."""
+    sources: m tensors (B, n_kv_head, S, d). gates: (m, n_kv_head, 1, d), or None for a single source."""
     if gates is None:
         return sources[0]
-    return sum(g * x for g, x in zip(gates.type_as(sources[0]), sources))
+    return sum(gate * source for gate, source in zip(gates.type_as(sources[0]), sources))
+
+
+# --- attention over a whole sequence ----------------------------------------------------------------------
 
 
 def attention(
@@ -36,27 +38,35 @@ def attention(
     vs: Sequence[Tensor],
     k_gates: Tensor | None = None,
     v_gates: Tensor | None = None,
-    strict: bool = False,
+    past_only: bool = False,
 ) -> Tensor:
     """Causal attention of q (B, n_head, T, d) over one or several fused sources of keys and of values, each
     (B, n_kv_head, S, d), with gates as in `fuse`. Returns (B, n_head, T, d). With many queries attention is
-    bound by computing, so sources are fused first.
+    bound by arithmetic, so the sources are fused first.
 
-    `strict`: a query does not see its own position. Without the last key, ordinary causal attention is just
-    that; the first position of all then sees nothing, and its output is zero."""
+    With `past_only` a query does not see its own position (arXiv 2410.14442). That is ordinary causal
+    attention without the last key. The very first position then sees nothing, and its output is zero."""
     (n_head, T), (n_kv_head, S) = q.shape[1:3], ks[0].shape[1:3]
-    if strict:
-        ks, vs = ([x[:, :, :-1] for x in xs] for xs in (ks, vs))
+    if past_only:
+        ks, vs = [k[:, :, :-1] for k in ks], [v[:, :, :-1] for v in vs]
         if S > T:
             return attention(q, ks, vs, k_gates, v_gates)
         if T == 1:
             return torch.zeros_like(q)
-        return F.pad(attention(q[:, :, 1:], ks, vs, k_gates, v_gates), (0, 0, 1, 0))
+        after_first = attention(q[:, :, 1:], ks, vs, k_gates, v_gates)
+        return F.pad(after_first, (0, 0, 1, 0))  # zeros in front, along T
     k, v = fuse(ks, k_gates), fuse(vs, v_gates)
-    mask = None if T == S else causal_lower_right(T, S)
+    mask = None if S == T else causal_lower_right(T, S)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=n_head != n_kv_head
     )
+
+
+# --- decoding: one position at a time, over the cache -----------------------------------------------------
+# Decoding reads every weight and the whole cache once per token, and computes little with them: it is bound
+# by memory. So these functions are written to be compiled into loops that read each byte once.
+
+BLOCK = 128  # positions in a block of the cache, see model.KVCache
 
 
 def decode_attention(
@@ -67,178 +77,187 @@ def decode_attention(
     k_gates: Tensor | None = None,
     v_gates: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one query a sequence, q (B, n_head, 1, d), over the first `seen` (an int64 tensor, so that
-    its value compiles nothing) positions of cached sources in n blocks (see `model.KVCache`): keys
-    (n, B, n_kv_head, BLOCK, d), values (n, B, n_kv_head, d, BLOCK). Returns (B, n_head, 1, d), zeros if seen
-    is 0.
+    """Attention of one query per sequence, q (B, n_head, 1, d), over the first `seen` cached positions. The
+    sources are n blocks of the cache: keys (n, B, n_kv_head, BLOCK, d), values (n, B, n_kv_head, d, BLOCK).
+    `seen` is an int64 tensor, so that another value compiles nothing. Returns (B, n_head, 1, d), zeros where
+    nothing is seen.
 
-    Reading the cache is what takes the time, so the gates move to the query and the output, and every stored
-    byte is read once, by all query heads of its group together:
-        q . (a0 K0 + a1 K1) = (q a0) . K0 + (q a1) . K1      P (b0 V0 + b1 V1) = b0 (P V0) + b1 (P V1)."""
+    Fusion costs no extra memory traffic here, because the gates move to the query and to the output:
+        q . (a0 K0 + a1 K1) = (q a0) . K0 + (q a1) . K1        P (b0 V0 + b1 V1) = b0 (P V0) + b1 (P V1)."""
     (B, n_head, _, d), (n, _, n_kv_head) = q.shape, ks[0].shape[:3]
     q = q.reshape(B, n_kv_head, n_head // n_kv_head, d)
-    folded = [q] if k_gates is None else [q * g for g in k_gates.type_as(q)]
+    folded = [q] if k_gates is None else [q * gate for gate in k_gates.type_as(q)]
     scores = sum(dot(x, k) for x, k in zip(folded, ks)).float()  # (n, B, n_kv_head, group, BLOCK)
     unseen = torch.arange(n * BLOCK, device=q.device).view(n, 1, 1, 1, BLOCK) >= seen
     scores = scores.masked_fill(unseen, torch.finfo(torch.float32).min)
-    p = (d**-0.5 * (scores - scores.amax((0, -1), keepdim=True))).exp()
-    # Divided by their sum last: compiled, every weight would else be divided once per feature.
-    parts = [dot(p, v).float().sum(0) for v in vs]  # (B, n_kv_head, group, d)
-    out = parts[0] if v_gates is None else sum(g * y for g, y in zip(v_gates, parts))
-    out = out / p.sum(-1).sum(0).unsqueeze(-1) * (seen > 0)
+    weights = (d**-0.5 * (scores - scores.amax((0, -1), keepdim=True))).exp()
+    sums = [dot(weights, v).float().sum(0) for v in vs]  # (B, n_kv_head, group, d) each
+    out = sums[0] if v_gates is None else sum(gate * y for gate, y in zip(v_gates, sums))
+    # The softmax divides by its sum last: once per feature, not once per position and feature.
+    out = out / weights.sum(-1).sum(0).unsqueeze(-1) * (seen > 0)
     return out.view(B, n_head, 1, d).type_as(q)
 
 
 def write(
-    k_store: Tensor | None,
-    v_store: Tensor | None,
-    k: Tensor | None,
-    v: Tensor | None,
-    block: Tensor,
-    slot: Tensor,
+    k_store: Tensor | None, v_store: Tensor | None, k: Tensor | None, v: Tensor | None, positions: Tensor
 ) -> None:
-    """Put keys and values of T positions, (B, n_kv_head, T, d) each, where there are any, at their places in
-    the cache's blocks: number `block` and row `slot`, (T,) each."""
+    """Put the keys and values, where there are any, of T positions (T,), each (B, n_kv_head, T, d), into the
+    blocks of a cache."""
+    block, slot = positions // BLOCK, positions % BLOCK
     if k is not None:
         k_store[block, :, :, slot] = k.permute(2, 0, 1, 3)
     if v is not None:
         v_store[block, :, :, :, slot] = v.permute(2, 0, 1, 3)
 
 
-def first_blocks(store: Tensor, n: int | None) -> Tensor:
-    """The first n of a cache's blocks, or all, of which a compiled function may see any number but one."""
-    blocks = store[:n]
-    torch._dynamo.mark_dynamic(blocks, 0)
-    return blocks
-
-
 def dot(x: Tensor, rows: Tensor) -> Tensor:
-    """Every row of x (..., r, m) times every one of `rows` (..., n, m): (..., r, n). For few rows of x, where
-    reading `rows` is what takes the time: compiled to products and sums this runs at the speed of memory (one
-    loop over `rows` for all of x), which matrix products for one or a few rows do not."""
+    """Every row of x (..., r, m) times every one of `rows` (..., n, m): (..., r, n). Made for few rows of
+    x, where reading `rows` takes the time: compiled to products and sums it is one loop over `rows`, at the
+    speed of memory, which a matrix product with one or a few rows does not reach."""
     if not torch.compiler.is_compiling():
         return x.type_as(rows) @ rows.mT
     return torch.stack([(rows * y.unsqueeze(-2)).sum(-1) for y in x.float().unbind(-2)], dim=-2)
 
 
-# Products of bfloat16 are emulated without AVX-512; converted to float32 they take a fifth of the time.
-SLOW_BF16 = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+# Without AVX-512 products of bfloat16 are emulated; converted to float32 they take a fifth of the time.
+EMULATED_BF16 = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear; as `dot` in a compiled decode step of few sequences, in float32 where bfloat16 is slow."""
-    rows, cpu, grad = x.numel() // x.size(-1), x.device.type == "cpu", torch.is_grad_enabled()
-    few = rows <= (8 if cpu else 1)  # up to where `dot` was the faster; on a GPU, cuBLAS soon is
-    if few and torch.compiler.is_compiling() and not grad:
-        y = dot(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
-        return (y if bias is None else y + bias).type_as(x)
-    if SLOW_BF16 and cpu and x.dtype == torch.bfloat16 and not few and not grad:
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).type_as(x)
+    """F.linear, with two exceptions where no gradients are needed: a compiled decode step of a few sequences
+    uses `dot`, and a CPU that emulates bfloat16 computes in float32."""
+    if not torch.is_grad_enabled():
+        on_cpu = x.device.type == "cpu"
+        few_rows = x.numel() // x.size(-1) <= (8 if on_cpu else 1)  # as measured; cuBLAS is soon the faster
+        if few_rows and torch.compiler.is_compiling():
+            y = dot(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
+            return (y if bias is None else y + bias).type_as(x)
+        if on_cpu and EMULATED_BF16 and x.dtype == torch.bfloat16 and not few_rows:
+            bias = None if bias is None else bias.float()
+            return F.linear(x.float(), weight.float(), bias).type_as(x)
     return F.linear(x, weight, bias)
 
 
-LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # rows of so many in all are computed at once
+# --- the loss ---------------------------------------------------------------------------------------------
+# The logits of a whole batch, (B, T, vocab), would be its largest tensor by far. They are computed for some
+# positions at a time, and in training their gradients right after them, so they never have to be kept.
+
+LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}  # how many exist at a time: enough to keep the device busy
 
 
 def rows_at_once(weight: Tensor) -> int:
-    """Positions whose logits exist at the same time: enough to keep the device busy, never all of a batch."""
+    """The number of positions whose logits are computed together."""
     return max(1, LOGITS.get(weight.device.type, LOGITS["cpu"]) // weight.size(0))
 
 
-def loss_chunk(x: Tensor, weight: Tensor, targets: Tensor, scale: float | None):
-    """Losses in nats, (N,), of x (N, C) before the output layer `weight` (vocab, C), and, given `scale`, the
-    gradients of scale times their sum: for x, (N, C), and for weight, (vocab, C)."""
-    logits = F.linear(x, weight).float()
-    log_z = logits.logsumexp(-1, keepdim=True)
-    losses = (log_z - logits.gather(-1, targets[:, None]))[:, 0]
-    if scale is None:
-        return losses, None, None
-    d = logits.sub_(log_z).exp_()  # probabilities; minus one at the target, the gradient for the logits
-    d = d.scatter_add_(-1, targets[:, None], d.new_full((len(d), 1), -1.0)).mul_(scale).type_as(x)
-    return losses, d @ weight, d.mT @ x
+def loss_chunk(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses in nats, (N,), of hidden states x (N, C) before the output layer `weight` (vocab, C), and
+    the gradient of their sum with respect to the logits, (N, vocab): probabilities, minus one at the
+    target."""
+    log_p = F.linear(x, weight).float().log_softmax(-1)
+    losses = -log_p.gather(-1, targets[:, None])[:, 0]
+    if torch.compiler.is_compiling():  # a single expression becomes a single loop
+        is_target = torch.arange(log_p.size(1), device=x.device) == targets[:, None]
+        return losses, (log_p.exp() - is_target.float()).type_as(x)
+    gradient = log_p.exp_()
+    gradient[torch.arange(len(x), device=x.device), targets] -= 1
+    return losses, gradient.type_as(x)
 
 
 class MeanCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy by chunks. Gradients are computed with each chunk, where its logits are at hand: the
-    same products that backward would need, and none twice."""
+    """The mean loss, in chunks. `forward` already computes the gradients for x and weight, with the same
+    products that a backward pass would need."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, chunk):
-        dx, dw, total = torch.empty_like(x), torch.zeros_like(weight), 0.0
-        rows = rows_at_once(weight)
-        for part in range(0, len(x), rows):
-            here = slice(part, part + rows)
-            losses, dx[here], d = chunk(x[here], weight, targets[here], 1 / len(x))
-            dw += d
-            total = total + losses.sum()
-        ctx.save_for_backward(dx, dw)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)
+        total = 0.0
+        with torch.autocast(kind, enabled=False):  # cast once, not in every chunk
+            x, weight = x.to(dtype), weight.to(dtype)
+            for start in range(0, len(x), rows_at_once(weight)):
+                rows = slice(start, start + rows_at_once(weight))
+                losses, gradient = chunk(x[rows], weight, targets[rows])
+                x_grad[rows] = gradient @ weight
+                if dtype == weight_grad.dtype:
+                    weight_grad.addmm_(gradient.mT, x[rows])
+                else:
+                    weight_grad += gradient.mT @ x[rows]
+                total = total + losses.sum()
+        ctx.save_for_backward(x_grad, weight_grad)
         return total / len(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        dx, dw = ctx.saved_tensors
-        return dx * grad, dw * grad, None, None
+        x_grad, weight_grad = ctx.saved_tensors
+        scale = grad / len(x_grad)
+        return x_grad.mul_(scale), weight_grad.mul_(scale), None, None
 
 
 def mean_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk=loss_chunk) -> Tensor:
-    """Mean loss in nats, differentiable: x (B, T, C) hidden states, weight (vocab, C) of the output layer,
-    targets (B, T) token ids. Never holds the (B, T, vocab) logits."""
+    """Mean loss in nats, differentiable once. x (B, T, C): hidden states before the output layer `weight`
+    (vocab, C); targets (B, T): token ids."""
     return MeanCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), chunk)
 
 
-def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk=loss_chunk) -> Tensor:
-    """Loss of every position in nats, (B, T) float32, from the same arguments."""
-    rows = rows_at_once(weight)
-    parts = zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows))
-    return torch.cat([chunk(a, weight, b, None)[0] for a, b in parts]).view_as(targets)
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The loss of every position in nats, (B, T) float32, from the same arguments, for evaluation."""
+    parts = zip(x.flatten(0, 1).split(rows_at_once(weight)), targets.flatten().split(rows_at_once(weight)))
+    losses = [F.cross_entropy(F.linear(h, weight).float(), t, reduction="none") for h, t in parts]
+    return torch.cat(losses).view_as(targets)
 
 
-def compile_model(model: torch.nn.Module) -> None:
-    """Compile for training what stays the same while plans change: a layer's two steps, one graph for all
-    layers, and the loss. Plain Python routes between them, so a new plan compiles nothing."""
-    torch._dynamo.config.recompile_limit = 32  # variants: own KV or not, fused or not, strict, with gradients
+# --- compilation ------------------------------------------------------------------------------------------
+
+
+def compile_training(model: torch.nn.Module) -> None:
+    """Compile what stays the same while plans change: the two steps of a layer, one graph for all layers, and
+    the loss. Plain Python routes between them, so a new plan compiles nothing."""
+    torch._dynamo.config.recompile_limit = 32  # own KV or not, fused or not, past only, with gradients
     for block in model.blocks:
-        block.kv, block.forward = torch.compile(block.kv), torch.compile(block.forward)
+        block.own_kv, block.forward = torch.compile(block.own_kv), torch.compile(block.forward)
     model.loss_chunk = torch.compile(model.loss_chunk)
 
 
-def compile_decode(model: torch.nn.Module) -> None:
-    """Compile a layer for a single position, one graph for all layers and plans of a form, with sizes fixed
-    but for the number of cache blocks. Prompts spend their time in matrix products and stay as they are, so
-    their lengths compile nothing. On a GPU `GPT.stream` then replays each cache's steps as one CUDA graph."""
+def compile_decoding(model: torch.nn.Module) -> None:
+    """Compile a layer's step for a single position, one graph for all layers and for all plans of one form.
+    Its sizes are fixed but for the number of cache blocks. Prompts spend their time in matrix products and
+    stay uncompiled, so that their lengths compile nothing. On a GPU, `GPT.decode` records the step as a
+    graph."""
     torch._dynamo.config.recompile_limit = 32
-    # On a CPU, what is multiplied with every row of a weight is normed and converted once, not for each row.
-    once = {"realize_reads_threshold": 0} if model.embed.weight.device.type == "cpu" else None
+    # On a CPU, what multiplies every row of a weight must be normed and converted once, not once per row.
+    options = {"realize_reads_threshold": 0} if model.embed.weight.device.type == "cpu" else None
     for block in model.blocks:
-        block.step = torch.compile(block.step, dynamic=False, options=once)
-    model.head = torch.compile(model.head, dynamic=False, options=once)
+        block.decode = torch.compile(block.decode, dynamic=False, options=options)
+    model.head = torch.compile(model.head, dynamic=False, options=options)
     model.compiled = True
 
 
 class CudaGraph:
-    """One decode step of `model` with `cache`, recorded and then replayed: the GPU does not wait for Python.
-    Its sizes never change: it reads the position from a tensor and always all blocks of the cache, of which
-    `decode_attention` masks the rest. Called with the same cache, which it does not hold, or neither would
-    ever be freed: idx (B, 1) -> logits (B, 1, vocab), which the next call overwrites."""
+    """The decode step of a model over one cache, recorded once and then replayed, so that the GPU need not
+    wait for Python. A recording never changes its sizes: it takes the position from a tensor of the cache
+    and reads all of its blocks, of which `decode_attention` masks those not filled yet. It holds no
+    reference to the cache, which holds the graph: in a circle, neither would be freed in time."""
 
-    def __init__(self, model: torch.nn.Module, cache, idx: Tensor):
-        self.idx, length = idx.clone(), cache.length
-        self.position = cache.position = torch.full((1,), length, device=idx.device)
+    def __init__(self, step, idx: Tensor, cache):
+        """`step` maps idx (B, 1) and the cache to logits (B, 1, vocab), and reads no Python state that
+        moves."""
+        self.idx = idx.clone()
+        cache.fixed = True  # from here on, all blocks are read
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):  # compiles, and warms up what must not happen while recording
-                model(self.idx, cache=cache)
-                cache.length = length
+                step(self.idx, cache)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.logits = model(self.idx, cache=cache)[0]
-        cache.length, cache.position = length, None  # steps outside of the graph count for themselves
+            self.logits = step(self.idx, cache)
+        cache.fixed = False
 
-    def __call__(self, cache, idx: Tensor) -> Tensor:
+    def __call__(self, idx: Tensor) -> Tensor:
+        """Logits of the cache's current position, which the next call overwrites."""
         self.idx.copy_(idx)
-        self.position.fill_(cache.length)
         self.graph.replay()
-        cache.length += 1
         return self.logits

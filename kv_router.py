@@ -1,19 +1,18 @@
-"""Plans: which layers' keys and values each layer reads, what that costs, and how it looks.
+"""Plans: which layers' keys and values each layer reads, how they are written down, and how they are drawn.
 
     python kv_router.py fusedkv --n_layer 8
 
-draws a plan and prints its costs. Everything here is plain Python; no tensors.
+draws a plan and prints what it costs. This file is plain Python: no tensors, and nothing else of the project.
 
-Layers are numbered from 0 (the bottom, next to the embeddings). K_i and V_i are layer i's own keys (after
-RoPE) and values. A plan names, for every layer, whose K and whose V its queries read. A layer's K (or V) is
-*stored* when some layer reads it: only stored tensors are computed, cached, and paid for.
-"""
+Layers are numbered from 0, the one next to the embeddings. K_i and V_i are layer i's own keys (after RoPE)
+and values. A plan names, for every layer, whose K and whose V its queries read. A layer's K (or V) is
+*stored* when some layer reads it: only stored tensors are computed, cached and paid for."""
 
-import argparse
 import random
 import re
-from dataclasses import MISSING, dataclass, fields
-from functools import cached_property
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 
 class PlanError(ValueError):
@@ -22,10 +21,15 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class Route:
-    """Whose keys and whose values one layer reads; more than one source means a learned fusion of them."""
+    """Whose keys and whose values one layer reads. More than one source means a learned fusion of them."""
 
     k: tuple[int, ...]
     v: tuple[int, ...]
+
+
+def own(layer: int) -> Route:
+    """The route of a layer that reads its own keys and values."""
+    return Route((layer,), (layer,))
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,14 @@ class Plan:
 
     @classmethod
     def parse(cls, spec: str, n_layer: int) -> "Plan":
-        """The plan that `spec` means for `n_layer` layers; `FAMILIES` below lists the notation.
+        """The plan that `spec` means for `n_layer` layers; `python kv_router.py --help` lists the notation.
 
-        Raises PlanError, naming the spec, the offending part, the valid range and an example."""
-        return cls(tuple(_parse(str(spec).strip(), n_layer)))
+        Raises PlanError, which names the spec, the offending part, the valid range and an example."""
+        spec = str(spec).strip()
+        try:
+            return cls(tuple(parse_routes(spec, n_layer)))
+        except PlanError as e:
+            raise PlanError(f"plan {quoted(spec)} for {n_layer} layers: {e}") from None
 
     def __getitem__(self, layer: int) -> Route:
         return self.routes[layer]
@@ -56,392 +64,320 @@ class Plan:
 
     @cached_property
     def spec(self) -> str:
-        """The canonical notation: equal plans have equal specs, and parsing it gives the plan back."""
-        own = [i for i, r in enumerate(self.routes) if r == _own(i)]
-        named = ["full", "shared-v", "fusedkv", "fusedkv-lite"] if len(self) > 1 else ["full"]
-        if 0 in own:
-            named.append("keep:" + ",".join(map(str, own)))
-        for spec in named:
-            if Plan.parse(spec, len(self)) == self:
-                return spec
-        return "_".join(_token(r) for r in self.routes)
+        """The canonical notation: equal plans have equal specs, and parsing one gives the plan back."""
+        kept = [i for i, route in enumerate(self.routes) if route == own(i)]
+        keep = "keep:" + ",".join(map(str, kept))
+        for spec in ("full", keep, "shared-v", "fusedkv", "fusedkv-lite"):
+            try:
+                if Plan.parse(spec, len(self)) == self:
+                    return spec
+            except PlanError:  # `keep:` without layer 0, halves of a single layer
+                continue
+        return "_".join(entry(route) for route in self.routes)
 
     @cached_property
     def k_layers(self) -> tuple[int, ...]:
         """Layers whose keys are stored, ascending."""
-        return tuple(sorted({j for r in self.routes for j in r.k}))
+        return tuple(sorted({j for route in self.routes for j in route.k}))
 
     @cached_property
     def v_layers(self) -> tuple[int, ...]:
         """Layers whose values are stored, ascending."""
-        return tuple(sorted({j for r in self.routes for j in r.v}))
+        return tuple(sorted({j for route in self.routes for j in route.v}))
 
     @property
     def cache_ratio(self) -> float:
-        """Stored K and V tensors over those of a cache that keeps every layer's."""
+        """The number of stored K and V tensors over that of a cache that keeps every layer's."""
         return (len(self.k_layers) + len(self.v_layers)) / (2 * len(self))
 
     @property
-    def cyclic(self) -> bool:
-        """Whether some layer reads a layer above it (whose KV is computed later)."""
-        return any(self.strict(i) for i in range(len(self)))
+    def last_full_layer(self) -> int:
+        """The highest layer that must see every prompt position, because nothing is stored above it."""
+        return max(self.k_layers[-1], self.v_layers[-1])
 
-    @cached_property
-    def segments(self) -> tuple[tuple[int, int], ...]:
-        """What runs in turn: (i, i) is a layer that runs once; (lo, hi), lo < hi, are layers bound by reads
-        of higher layers, which iterate: from one that reads above itself up to the highest layer that any
-        layer in between reads (arXiv 2410.14442)."""
-        segments, lo = [], 0
-        while lo < len(self):
-            i = hi = lo
-            while i <= hi:
-                hi, i = max(hi, *self[i].k, *self[i].v), i + 1
-            segments.append((lo, hi))
-            lo = hi + 1
-        return tuple(segments)
-
-    def strict(self, layer: int) -> bool:
-        """Whether a layer reads above itself, and so sees only the positions before its own."""
+    def reads_above(self, layer: int) -> bool:
+        """Whether a layer reads one above it, whose KV is computed later. Such a layer can see only the
+        positions before its own (arXiv 2410.14442)."""
         return max(self[layer].k + self[layer].v) > layer
 
     @property
-    def last_full_layer(self) -> int:
-        """The highest layer that must see every prompt position: above it nothing is stored."""
-        return max(self.k_layers[-1], self.v_layers[-1])
+    def cyclic(self) -> bool:
+        """Whether any layer reads one above it."""
+        return any(self.reads_above(i) for i in range(len(self)))
+
+    @cached_property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """The layers in the order in which they run, as pairs (lowest, highest).
+
+        (i, i) is a layer that runs once. A longer segment is a group that iterates: it starts at a layer that
+        reads above itself and ends at the highest layer that any layer inside reads (arXiv 2410.14442).
+
+        >>> Plan.parse("sandwich-top:3", 8).segments
+        ((0, 0), (1, 6), (7, 7))
+        """
+        segments = []
+        low = 0
+        while low < len(self):
+            i = high = low
+            while i <= high:
+                high = max(high, *self[i].k, *self[i].v)
+                i += 1
+            segments.append((low, high))
+            low = high + 1
+        return tuple(segments)
 
     def draw(self) -> str:
-        """One row a layer, one column a source layer: `KV` marks a layer reading its own, `kv` another's,
-        `k` and `v` apart where they come from different layers."""
+        """A row for every layer, the bottom one last, and a column for every source layer. `KV` marks a layer
+        that reads its own, `kv` one that reads another's, and `k` or `v` where only keys or values come from
+        there."""
         width = max(3, len(str(len(self) - 1)) + 1)
-        lines = ["layer reads from" + "".join(f"{j:>{width}}" for j in range(len(self))) + "   stores"]
-        iterated = {
-            i: f"iterated {lo}-{hi}" for lo, hi in self.segments if lo < hi for i in range(lo, hi + 1)
-        }
-        for i in reversed(range(len(self))):
-            cells = ""
-            for j in range(len(self)):
-                mark = "k" * (j in self[i].k) + "v" * (j in self[i].v) or "."
-                cells += f"{mark.upper() if i == j else mark:>{width}}"
-            stores = "K" * (i in self.k_layers) + "V" * (i in self.v_layers) or "-"
-            notes = [iterated[i]] if i in iterated else []
-            notes += ["<- last layer to see the whole prompt"] if i == self.last_full_layer else []
-            lines.append(f"{i:>16}{cells}   {stores:6}   {'  '.join(notes)}".rstrip())
+        columns = "".join(f"{j:>{width}}" for j in range(len(self)))
+        lines = [f"layer reads from{columns}   stores"]
+        for low, high in reversed(self.segments):
+            for i in range(high, low - 1, -1):
+                cells = ""
+                for j in range(len(self)):
+                    mark = "k" * (j in self[i].k) + "v" * (j in self[i].v) or "."
+                    cells += f"{mark.upper() if i == j else mark:>{width}}"
+                stores = "K" * (i in self.k_layers) + "V" * (i in self.v_layers) or "-"
+                notes = [f"iterated {low}-{high}"] if low < high else []
+                if i == self.last_full_layer:
+                    notes.append("<- last layer to see the whole prompt")
+                lines.append(f"{i:>16}{cells}   {stores:6}   {'  '.join(notes)}".rstrip())
         return "\n".join(lines)
 
 
 # --- notation ---------------------------------------------------------------------------------------------
+# A family is a function that returns the routes of n_layer layers. What stands after the colon of its
+# notation is its argument, as text. To add one, write such a function and decorate it; nothing else needs
+# to change.
 
-FAMILIES = """\
-full               every layer reads its own KV
-keep:0,2,5         these layers keep their cache, every other reads the nearest kept layer below
-cla:K              groups of K adjacent layers read the group's bottom layer (CLA)
-yoco               the lower half own their KV, the upper half reads the last of them (YOCO)
-pizza-bottom:l     l KV layers: l-1 own ones below, one group above them (l = half is YOCO)
-sandwich-top:l     l KV layers: own layers below and above, one group between (top is LCKV)
-lasagna-middle:l   l equal groups; each of the three takes -bottom, -middle or -top, the layer a group reads
-shared-v           every layer reads its own K and layer 0's V
-fusedkv            the upper half fuses the K and V of layer 0 and of the middle (FusedKV)
-fusedkv-lite       the upper half reads the middle layer's K and layer 0's V (FusedKV-Lite)
-0_0_2_2            explicit, one source layer per layer
-0_1_k1v0_k0+1v0+1  explicit, K and V apart, + fuses"""
+MAX_LAYERS = 1000  # far above any model: a number in a file must not fill the memory
 
-MAX_LAYERS = 1000  # far above any model's: a number in a file must not fill the memory
-MAX_CONTEXT = 1 << 20  # tokens
+FAMILIES: dict[str, tuple[str, str, Callable[..., list[Route]]]] = {}  # name -> notation, meaning, function
 
 
-def _own(i: int) -> Route:
-    return Route((i,), (i,))
+def family(notation: str, meaning: str):
+    """Register the decorated function as the plan family that `notation` shows."""
+
+    def register(build: Callable[..., list[Route]]):
+        FAMILIES[notation.partition(":")[0]] = notation, meaning, build
+        return build
+
+    return register
 
 
-def _token(r: Route) -> str:
-    if r.k == r.v and len(r.k) == 1:
-        return str(r.k[0])
-    return "k" + "+".join(map(str, r.k)) + "v" + "+".join(map(str, r.v))
+def reading(sources: Iterable[int]) -> list[Route]:
+    """The routes of layers that each read K and V of one source layer."""
+    return [own(j) for j in sources]
 
 
-def _read(sources: list[int]) -> list[Route]:
-    return [_own(j) for j in sources]
+def halfway(n_layer: int) -> int:
+    """The first layer of the upper half."""
+    if n_layer < 2:
+        raise PlanError("there are no two halves; this plan needs 2 layers or more, for example full")
+    return n_layer // 2
 
 
-def _parse(spec: str, n_layer: int) -> list[Route]:
-    def fail(part, valid, example):
-        raise PlanError(f"plan {spec!r} for {n_layer} layers: {part}; {valid}, for example {example}")
+@family("full", "every layer reads its own KV")
+def full(n_layer: int) -> list[Route]:
+    return reading(range(n_layer))
 
-    def integer(text, low, high, what, example):
-        if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
-            fail(f"{what} {text!r} is not valid", f"valid are the whole numbers {low} to {high}", example)
-        return int(text)
 
-    def layer(text):
-        return integer(text, 0, n_layer - 1, "layer", f"keep:0,{n_layer // 2}" if n_layer > 1 else "full")
+@family("keep:0,2,5", "these layers keep their cache, every other reads the nearest kept layer below")
+def keep(n_layer: int, layers: str) -> list[Route]:
+    kept = {layer_number(part, n_layer) for part in layers.split(",")}
+    if 0 not in kept:
+        raise PlanError("layer 0 is not kept; it has none below it to read, for example keep:0")
+    return reading(max(j for j in kept if j <= i) for i in range(n_layer))
 
-    if not 1 <= n_layer <= MAX_LAYERS:
-        fail(f"n_layer {n_layer} is not valid", f"a model has 1 to {MAX_LAYERS} layers", "--n_layer 8")
-    name, _, arg = spec.partition(":")
-    layers, half = list(range(n_layer)), n_layer // 2
-    if spec in ("yoco", "fusedkv", "fusedkv-lite") and n_layer < 2:
-        fail("there are no two halves", f"{spec} needs 2 layers at least", "full")
 
-    if spec == "full":
-        return _read(layers)
-    if spec == "shared-v":
-        return [Route((i,), (0,)) for i in layers]
-    if spec == "yoco":
-        return _read([min(i, half - 1) for i in layers])
-    if spec == "fusedkv":
-        both = tuple(sorted({0, half - 1}))
-        return _read(layers[:half]) + [Route(both, both)] * (n_layer - half)
-    if spec == "fusedkv-lite":
-        return _read(layers[:half]) + [Route((half - 1,), (0,))] * (n_layer - half)
-    if name == "cla":
-        size = integer(arg, 1, n_layer, "group size", f"cla:{min(2, n_layer)}")
-        return _read([i - i % size for i in layers])
-    if name == "keep":
-        kept = {layer(part) for part in arg.split(",")}
-        if 0 not in kept:
-            fail("layer 0 is not kept", "layer 0 has none below it to read and must be kept", "keep:0")
-        return _read([max(j for j in kept if j <= i) for i in layers])
-    if m := re.fullmatch(r"(pizza|sandwich|lasagna)-(bottom|middle|top)", name):
-        n_kv = integer(arg, 1, n_layer, "number of KV layers", f"{name}:{max(half, 1)}")
-        if m[1] == "lasagna":
-            edges = [g * n_layer // n_kv for g in range(n_kv + 1)]
-        else:  # own layers below and above are groups of one
-            above = (n_kv - 1) // 2 if m[1] == "sandwich" else 0
-            below = n_kv - 1 - above
-            edges = layers[: below + 1] + [n_layer - a for a in reversed(range(above + 1))]
+@family("cla:K", "groups of K adjacent layers read the group's bottom layer (CLA)")
+def cla(n_layer: int, group_size: str) -> list[Route]:
+    size = whole_number(group_size, 1, n_layer, "group size", f"cla:{min(2, n_layer)}")
+    return reading(i - i % size for i in range(n_layer))
+
+
+@family("yoco", "the lower half own their KV, the upper half reads the last of them (YOCO)")
+def yoco(n_layer: int) -> list[Route]:
+    half = halfway(n_layer)
+    return reading(min(i, half - 1) for i in range(n_layer))
+
+
+@family("shared-v", "every layer reads its own K and layer 0's V")
+def shared_v(n_layer: int) -> list[Route]:
+    return [Route((i,), (0,)) for i in range(n_layer)]
+
+
+@family("fusedkv", "the upper half fuses the K and V of layer 0 and of the middle (FusedKV)")
+def fusedkv(n_layer: int) -> list[Route]:
+    half = halfway(n_layer)
+    bottom_and_middle = tuple(sorted({0, half - 1}))
+    return reading(range(half)) + [Route(bottom_and_middle, bottom_and_middle)] * (n_layer - half)
+
+
+@family("fusedkv-lite", "the upper half reads the middle layer's K and layer 0's V (FusedKV-Lite)")
+def fusedkv_lite(n_layer: int) -> list[Route]:
+    half = halfway(n_layer)
+    return reading(range(half)) + [Route((half - 1,), (0,))] * (n_layer - half)
+
+
+def unified(shape: str, target: str, n_layer: int, n_kv_layers: str) -> list[Route]:
+    """One of the nine configurations of arXiv 2410.14442. The layers are cut into groups, and one target
+    layer's KV serves its whole group. A group of one layer is a layer that reads its own."""
+    n_kv = whole_number(
+        n_kv_layers, 1, n_layer, "number of KV layers", f"{shape}-{target}:{n_layer // 2 or 1}"
+    )
+    if shape == "lasagna":
+        starts = [group * n_layer // n_kv for group in range(n_kv)]
+    else:
+        singles_above = (n_kv - 1) // 2 if shape == "sandwich" else 0
+        singles_below = n_kv - 1 - singles_above
+        starts = [*range(singles_below + 1), *range(n_layer - singles_above, n_layer)]
+    sources = []
+    for low, end in zip(starts, [*starts[1:], n_layer]):
+        high = end - 1
+        source = {"bottom": low, "middle": (low + high) // 2, "top": high}[target]
+        sources += [source] * (end - low)
+    return reading(sources)
+
+
+SHAPES = {
+    "pizza": "l - 1 own layers below, one group above them",
+    "sandwich": "own layers below and above, l - 1 in all, one group between",
+    "lasagna": "l equal groups",
+}
+KNOWN = {"pizza-bottom": " (YOCO)", "sandwich-top": " (LCKV)", "lasagna-bottom": " (CLA)"}
+for _shape, _meaning in SHAPES.items():
+    for _target in ("bottom", "middle", "top"):
+        _name = f"{_shape}-{_target}"
+        _help = f"{_meaning}; each group reads its {_target} layer{KNOWN.get(_name, '')}"
+        family(f"{_name}:l", _help)(partial(unified, _shape, _target))
+
+EXPLICIT = {
+    "0_0_2_2": "explicit, one source layer per layer",
+    "0_1_k1v0_k0+1v0+1": "explicit, keys and values apart; + fuses",
+}
+
+
+def entry(route: Route) -> str:
+    """A layer's entry in the explicit notation."""
+    if route.k == route.v and len(route.k) == 1:
+        return str(route.k[0])
+    return "k" + "+".join(map(str, route.k)) + "v" + "+".join(map(str, route.v))
+
+
+def explicit(n_layer: int, spec: str) -> list[Route]:
+    """The routes of a plan that names every layer's sources, such as 0_1_k1v0_k0+1v0+1."""
+    routes = []
+    for text in spec.split("_"):
+        match = re.fullmatch(r"([0-9]+)|k([0-9+]+)v([0-9+]+)", text)
+        if not match:
+            entries = "a layer's entry is N, or kNvN with + between fused layers"
+            raise PlanError(f"cannot read {quoted(text)}; {entries}, for example k1v0+1")
+        both, k, v = match.groups()
         sources = []
-        for low, end in zip(edges, edges[1:]):
-            high = end - 1
-            target = {"bottom": low, "middle": (low + high) // 2, "top": high}[m[2]]
-            sources += [target] * (end - low)
-        return _read(sources)
-    if re.match(r"[k0-9]", spec):
-        routes = []
-        for token in spec.split("_"):
-            m = re.fullmatch(r"(?P<kv>[0-9]+)|k(?P<k>[0-9+]+)v(?P<v>[0-9+]+)", token)
-            if not m:
-                fail(
-                    f"cannot read {token!r}",
-                    "a layer's entry is N, or kNvN with + between fused layers",
-                    "k1v0+1",
-                )
-            k, v = (
-                tuple(sorted(layer(part) for part in (m["kv"] or group).split("+")))
-                for group in (m["k"], m["v"])
-            )
-            if len(set(k)) < len(k) or len(set(v)) < len(v):
-                fail(f"{token!r} names a layer twice", "a fusion takes different layers", "k0+1v0+1")
-            routes.append(Route(k, v))
-        if len(routes) != n_layer:
-            fail(
-                f"it has {len(routes)} entries", f"one per layer makes {n_layer}", "_".join(map(str, layers))
-            )
-        return routes
-    fail("no such plan", "valid are " + ", ".join(f.split()[0] for f in FAMILIES.splitlines()), "cla:2")
+        for group in (both or k, both or v):
+            layers = sorted(layer_number(part, n_layer) for part in group.split("+"))
+            if len(set(layers)) < len(layers):
+                valid = "a fusion takes different layers, for example k0+1v0+1"
+                raise PlanError(f"{quoted(text)} names a layer twice; {valid}")
+            sources.append(tuple(layers))
+        routes.append(Route(*sources))
+    if len(routes) != n_layer:
+        example = quoted("_".join(map(str, range(n_layer))))
+        raise PlanError(
+            f"it has {len(routes)} entries; it needs {n_layer}, one per layer, for example {example}"
+        )
+    return routes
+
+
+def parse_routes(spec: str, n_layer: int) -> list[Route]:
+    if not 1 <= n_layer <= MAX_LAYERS:
+        raise PlanError(
+            f"n_layer {n_layer} is not valid; a model has 1 to {MAX_LAYERS} layers, for example 8"
+        )
+    name, colon, argument = spec.partition(":")
+    if name in FAMILIES:
+        notation, _, build = FAMILIES[name]
+        if ":" in notation:
+            return build(n_layer, argument)
+        if not colon:
+            return build(n_layer)
+    elif re.match(r"[k0-9]", spec):
+        return explicit(n_layer, spec)
+    valid = [notation for notation, _, _ in FAMILIES.values()] + list(EXPLICIT)
+    raise PlanError(f"no such plan; valid are {', '.join(valid)}, for example cla:2")
+
+
+def whole_number(text: str, low: int, high: int, what: str, example: str) -> int:
+    """The number in `text`; PlanError unless it is one of low .. high."""
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+        valid = f"valid are the whole numbers {low} to {high}"
+        raise PlanError(f"{what} {quoted(text)} is not valid; {valid}, for example {example}")
+    return int(text)
+
+
+def layer_number(text: str, n_layer: int) -> int:
+    example = f"keep:0,{n_layer // 2}" if n_layer > 1 else "full"
+    return whole_number(text, 0, n_layer - 1, "layer", example)
+
+
+def quoted(text: str) -> str:
+    """What a user wrote, for an error message: in quotes, and cut where it is long."""
+    shown = repr(text)
+    return shown if len(shown) <= 50 else shown[:47] + "..."
 
 
 # --- stochastic routing -----------------------------------------------------------------------------------
 
+# A rule draws the routes of one training step: rule(rng, base, p, step), where layer i's own route is
+# base[i].
+Rule = Callable[[random.Random, Plan, float, int], list[Route]]
+
+
+def uniform_below(rng: random.Random, base: Plan, p: float, step: int) -> list[Route]:
+    """The rule of arXiv 2604.22782: every layer i >= 1 follows its own route with probability 1 - p, and
+    otherwise that of a layer drawn uniformly from 0 .. i-1. Layer 0 always follows its own."""
+    routes = []
+    for i in range(len(base)):
+        source = rng.randrange(i) if i > 0 and rng.random() < p else i
+        routes.append(base[source])
+    return routes
+
 
 @dataclass(frozen=True)
 class StochasticRouter:
-    """Random cross-layer attention (arXiv 2604.22782): the plan a training step runs under.
+    """Random cross-layer attention (arXiv 2604.22782): the plan that each training step runs under.
 
-    Every layer i >= 1 keeps its own KV with probability 1 - p and otherwise reads that of a layer drawn
-    uniformly from 0 .. i-1; with `above`, every layer does and draws from all others. `base` is the plan to
-    start from: a layer follows its own route there, or that of the layer drawn. `plan(step)` is a pure
-    function of (seed, step): a resumed run and every rank of a distributed one draw the same."""
+    `base` is the plan whose routes are drawn from, `rule` how they are drawn. `plan(step)` is a pure function
+    of the seed and the step, so a resumed run and every rank of a distributed one draw the same plans."""
 
     n_layer: int
     p: float
     seed: int = 0
-    above: bool = False
     base: str = "full"
+    rule: Rule = uniform_below
 
     def __post_init__(self):
         if not 0 <= self.p <= 1:
             raise PlanError(f"router_p {self.p} is not a probability; valid are 0 to 1, for example 0.5")
-        base = Plan.parse(self.base, self.n_layer)
-        if base.cyclic or any(len(r.k + r.v) > 2 for r in base.routes):
+        if self.base_plan.cyclic or any(len(route.k + route.v) > 2 for route in self.base_plan.routes):
             raise PlanError(
                 f"router_p {self.p} draws among the routes of {self.base!r}, which iterates or fuses; "
                 "valid are plans that do neither, for example full or shared-v"
             )
 
+    @cached_property
+    def base_plan(self) -> Plan:
+        return Plan.parse(self.base, self.n_layer)
+
     def plan(self, step: int) -> Plan:
-        rng = random.Random(f"{self.seed}:{step}")  # seeded by the string's SHA-512: the same everywhere
-        base, routes = Plan.parse(self.base, self.n_layer), []
-        for i in range(self.n_layer):
-            others = [j for j in range(self.n_layer if self.above else i) if j != i]
-            routes.append(base[rng.choice(others) if others and rng.random() < self.p else i])
-        return Plan(tuple(routes))
-
-
-# --- costs ------------------------------------------------------------------------------------------------
-
-
-@dataclass(kw_only=True)
-class Shape:
-    """The sizes that costs depend on. Zero means: n_kv_head = n_head, head_dim = n_embd / n_head,
-    n_hidden = 8/3 n_embd rounded up to a multiple of 32 (SwiGLU at the size of a 4x MLP). Layers that iterate
-    do so `forward_passes` times without and `backward_passes` times with gradient."""
-
-    vocab_size: int = 4096
-    n_layer: int = 8
-    n_head: int = 4
-    n_kv_head: int = 2
-    n_embd: int = 128
-    head_dim: int = 0
-    n_hidden: int = 0
-    tie_embeddings: bool = True
-    qk_norm: bool = False
-    qkv_bias: bool = False
-    forward_passes: int = 7
-    backward_passes: int = 2
-
-    def __post_init__(self):
-        self.n_kv_head = self.n_kv_head or self.n_head
-        positive = ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "backward_passes")
-        for name in (*positive, "head_dim", "n_hidden", "forward_passes"):
-            low, value = int(name in positive), getattr(self, name)
-            if not low <= value < 1 << 31:
-                raise PlanError(f"{name} {value} is not valid; it must be {low} or more, and below 2**31")
-        if not self.head_dim and self.n_embd % self.n_head:
-            raise PlanError(
-                f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; change one or set head_dim"
-            )
-        self.head_dim = self.head_dim or self.n_embd // self.n_head
-        self.n_hidden = self.n_hidden or -(-self.n_embd * 8 // 3 // 32) * 32
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise PlanError(
-                f"head_dim {self.head_dim} is odd; RoPE turns pairs of features, so it must be even"
-            )
-        if self.n_head % self.n_kv_head:
-            raise PlanError(
-                f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}; change one of them"
-            )
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What a plan costs, as predicted; `bench.py` puts measurements beside it."""
-
-    params: int  # parameters of a model built for the plan
-    cache_bytes_per_token: int  # one sequence's, over all layers
-    decode_bytes: int  # read per decode step: weights once, and each layer's sources over the context
-    prefill_flops: int  # for one prompt of `context` tokens, with early exit above plan.last_full_layer
-    train_flops: int  # forward and backward over one sequence of `context` tokens
-
-
-def costs(plan: Plan, shape: Shape, context: int = 8192, batch: int = 1, bytes_per_value: int = 2) -> Costs:
-    """Predict a plan's costs at `context` cached tokens per sequence (Table 1 of arXiv 2512.03870, with the
-    weights counted too). A multiply-add is 2 FLOPs; norms, RoPE and softmax are left out.
-
-    A layer that fuses m sources reads all m of them at decode (gates folded into query and output); over a
-    whole prompt it fuses first and then attends once. Layers that iterate pay for every pass in training
-    and, at most, in prefill; decode runs them once."""
-    s, C, d = shape, shape.n_embd, shape.head_dim
-    kv_width, q_width = s.n_kv_head * d, s.n_head * d
-    stored_values = kv_width * (len(plan.k_layers) + len(plan.v_layers))  # per token
-
-    params = 0
-    kv, rest, row = [], [], []  # FLOPs of each layer: one position's own KV; its rest; one query's reads
-    for i, route in enumerate(plan.routes):
-        has_k, has_v = i in plan.k_layers, i in plan.v_layers
-        own = (C + s.qkv_bias) * kv_width * (has_k + has_v)
-        others = (C + s.qkv_bias) * q_width + q_width * C + 3 * C * s.n_hidden
-        gates = sum(kv_width // half * len(g) for g, half in ((route.k, 2), (route.v, 1)) if len(g) > 1)
-        params += own + others + gates + 2 * C + s.qk_norm * d * (1 + has_k)
-        kv.append(2 * own)
-        rest.append(2 * others)
-        row.append(2 * q_width * (len(route.k) + len(route.v)))
-    table = s.vocab_size * C
-    params += C + table * (1 if s.tie_embeddings else 2)
-
-    T = context
-    attend = 4 * q_width * T * (T + 1) // 2  # causal attention of all T queries over one (fused) K and V
-    prefill, train = 2 * table, 3 * 2 * table * T
-    for lo, hi in plan.segments:
-        one_pass = T * kv[hi] + sum(T * (kv[i] + rest[i]) + attend for i in range(lo, hi))
-        m, b = (s.forward_passes, s.backward_passes) if lo < hi else (0, 1)
-        train += (m + 3 * b) * one_pass + 3 * (T * rest[hi] + attend)  # a backward costs two forwards
-        if hi < plan.last_full_layer:
-            prefill += (m + b) * one_pass + T * rest[hi] + attend
-        else:  # above the highest stored layer only the last position goes on
-            prefill += ((m + b) * one_pass if hi == plan.last_full_layer else kv[hi]) + rest[hi] + T * row[hi]
-    reads = sum(len(r.k) + len(r.v) for r in plan.routes) * kv_width * context * batch
-    return Costs(
-        params=params,
-        cache_bytes_per_token=stored_values * bytes_per_value,
-        decode_bytes=(params - (0 if s.tie_embeddings else table) + reads) * bytes_per_value,
-        prefill_flops=prefill,
-        train_flops=train,
-    )
-
-
-def check_size(shape: Shape, block_size: int, n_bytes: int) -> None:
-    """Raise PlanError when a model read from a file of `n_bytes` would have more parameters than the file has
-    bytes, or an absurd context: before anything is allocated, so that a header that lies fills no memory."""
-    params = costs(Plan.parse(shape.plan, shape.n_layer), shape).params
-    if params > n_bytes:
-        raise PlanError(f"it asks for {human(params)} parameters and has {human(n_bytes, 'B')}")
-    if not 1 <= block_size <= MAX_CONTEXT or block_size * shape.head_dim > 1 << 28:
-        raise PlanError(f"block_size {block_size} is not valid; it must be 1 to {MAX_CONTEXT}")
-
-
-def human(n: float, unit: str = "") -> str:
-    """1536 -> '1.54 k'; powers of 1000, three digits."""
-    for prefix in ("", "k", "M", "G", "T"):
-        if abs(n) < 999.5 or prefix == "T":
-            return f"{n:.3g} {prefix}{unit}".rstrip()
-        n /= 1000
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description="Draw a plan and print its costs.\n\n" + FAMILIES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,  # so that an error is one line
-    )
-    parser.add_argument("spec", metavar="SPEC", help="a plan, in the notation above")
-    for f in fields(Shape):
-        if f.type is int and f.default is not MISSING:
-            parser.add_argument(
-                f"--{f.name}", type=int, default=f.default, help=f"default {f.default or 'derived'}"
-            )
-    parser.add_argument("--context", type=int, default=8192, help="tokens per sequence, default 8192")
-    parser.add_argument("--batch", type=int, default=1, help="sequences, default 1")
-    parser.add_argument(
-        "--bytes", type=int, default=2, choices=(1, 2, 4), help="bytes per value, default 2 (bf16)"
-    )
-    args = parser.parse_args()
-    try:
-        if not 1 <= min(args.context, args.batch) <= max(args.context, args.batch) < 1 << 31:
-            raise PlanError("--context and --batch must be 1 or more, and below 2**31")
-        shape = Shape(**{f.name: getattr(args, f.name) for f in fields(Shape) if hasattr(args, f.name)})
-        plan, full = (Plan.parse(spec, shape.n_layer) for spec in (args.spec, "full"))
-    except PlanError as e:
-        parser.error(str(e))
-    a, b = (costs(p, shape, args.context, args.batch, args.bytes) for p in (plan, full))
-    print(f"{args.spec}: {len(plan)} layers, {plan.cache_ratio:.1%} of the full cache", end="")
-    print("" if plan.spec == args.spec else f" ({plan.spec})")
-    print("\n" + plan.draw() + "\n")
-    total = args.context * args.batch
-    rows = [
-        ("parameters", a.params, b.params, ""),
-        ("cache per token", a.cache_bytes_per_token, b.cache_bytes_per_token, "B"),
-        ("cache in all", a.cache_bytes_per_token * total, b.cache_bytes_per_token * total, "B"),
-        ("read per decode step", a.decode_bytes, b.decode_bytes, "B"),
-        ("prefill of one prompt", a.prefill_flops, b.prefill_flops, "FLOP"),
-        ("training on one", a.train_flops, b.train_flops, "FLOP"),
-    ]
-    print(f"{f'{args.context} tokens x {args.batch}':24}{'this plan':>12}{'full':>12}{'ratio':>8}")
-    for name, x, y, unit in rows:
-        print(f"{name:24}{human(x, unit):>12}{human(y, unit):>12}{x / y:>8.3f}")
-    if plan.cyclic:
-        passes = f"{shape.forward_passes} passes without and {shape.backward_passes} with gradient"
-        print(f"\ncyclic: the iterated layers take {passes}; prefill stops sooner where their KV settles")
+        rng = random.Random(f"{self.seed}:{step}")  # seeded by a hash of the text, the same on every machine
+        return Plan(tuple(self.rule(rng, self.base_plan, self.p, step)))
 
 
 if __name__ == "__main__":
-    main()
+    import runpy
+
+    runpy.run_module("costs", run_name="__main__")  # which draws plans, and prints what they cost

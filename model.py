@@ -1,12 +1,11 @@
 """The transformer and its KV cache: Llama-shaped (RMSNorm, RoPE, SwiGLU, grouped-query attention), with one
 attention forward for training, prefill and decode under every plan of `kv_router.py`.
 
-Shapes: B sequences, T positions, C = n_embd features, nh query and nkv key/value heads of d features.
+Shapes: B sequences, T positions, C = n_embd features, nh query and nkv key/value heads of d features each.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -14,21 +13,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kv_router import Plan, PlanError, Shape
+from costs import Shape
+from kv_router import Plan, PlanError
+
+MAX_CONTEXT = 1 << 20  # tokens: a number in a file must not fill the memory
+PREFILL_CHUNK = 1024  # prompt positions that run through the layers at once, which bounds memory
+
+Rope = tuple[Tensor, Tensor]  # cosines and sines of the angles at T positions, (T, d/2) each
 
 
 @dataclass(kw_only=True)
 class GPTConfig(Shape):
-    """Sizes (see `kv_router.Shape`) and the plan that the parameters are built for."""
+    """Sizes (see `costs.Shape`) and the plan that the parameters are built for."""
 
     block_size: int = 256
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # Llama 3's, see GPT._set_rope
+    rope_scaling: dict | None = None  # Llama 3's, see GPT.rope_frequencies
     norm_eps: float = 1e-5
     plan: str = "full"
+    stop_tokens: list = field(default_factory=list)  # ids that end a text, besides the tokenizer's own
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not all(type(token) is int for token in self.stop_tokens):
+            raise PlanError(f"stop_tokens {self.stop_tokens!r} is not a list of token ids")
+        if not 1 <= self.block_size <= MAX_CONTEXT:
+            raise PlanError(f"block_size {self.block_size} is not valid; it must be 1 to {MAX_CONTEXT}")
 
 
-PREFILL_CHUNK = 1024  # positions of a prompt that run through the layers at once
+# --- layers -----------------------------------------------------------------------------------------------
 
 
 class Linear(nn.Linear):
@@ -37,13 +50,13 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Layer `layer`'s part of attention: its own keys and values where somebody reads them, and its queries,
+    """One layer's part of attention: its own keys and values, where some layer reads them, and its queries,
     which read whatever its route names."""
 
     def __init__(self, config: GPTConfig, plan: Plan, layer: int):
         super().__init__()
         C, nh, nkv, d = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
-        self.n_head, self.n_kv_head, self.head_dim = nh, nkv, d
+        self.n_kv_head, self.head_dim = nkv, d
         has_k, has_v = layer in plan.k_layers, layer in plan.v_layers
         self.q_proj = Linear(C, nh * d, bias=config.qkv_bias)
         self.k_proj = Linear(C, nkv * d, bias=config.qkv_bias) if has_k else None
@@ -51,53 +64,46 @@ class Attention(nn.Module):
         self.o_proj = Linear(nh * d, C, bias=False)
         self.q_norm = nn.RMSNorm(d, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(d, eps=config.norm_eps) if config.qk_norm and has_k else None
-        # Fusion gates (arXiv 2512.03870). Keys are fused after RoPE: one gate for the two features that turn
-        # together keeps attention a function of relative position. Where they start matters: at the layer's
-        # own K and V if they are among the sources, else, as FusedKV-Lite, keys at the top and values at the
-        # bottom one.
-        route = plan[layer]
-        self.k_gate = self._gate(route.k, layer if layer in route.k else route.k[-1], d // 2)
-        self.v_gate = self._gate(route.v, layer if layer in route.v else route.v[0], d)
+        # Fusion gates (arXiv 2512.03870). Keys are fused after RoPE; one gate for both features of a
+        # rotated pair keeps attention a function of relative position. Where gates start matters: at the
+        # layer's own K and V if they are among the sources, otherwise like FusedKV-Lite at the top K and
+        # the bottom V.
+        k, v = plan[layer].k, plan[layer].v
+        self.k_gate = self.new_gate(k, start=layer if layer in k else k[-1], width=d // 2)
+        self.v_gate = self.new_gate(v, start=layer if layer in v else v[0], width=d)
 
-    def _gate(self, sources: tuple[int, ...], start: int, width: int) -> nn.Parameter | None:
+    def new_gate(self, sources: tuple[int, ...], start: int, width: int) -> nn.Parameter | None:
+        """Gates (m, nkv, 1, width) over m sources: one for the source `start`, zero for the others."""
         if len(sources) == 1:
             return None
         one_hot = torch.tensor([float(j == start) for j in sources])
-        return nn.Parameter(one_hot[:, None, None, None].repeat(1, self.n_kv_head, 1, width))
+        return nn.Parameter(one_hot.view(-1, 1, 1, 1).repeat(1, self.n_kv_head, 1, width))
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, heads * d) -> (B, heads, T, d)
 
-    def _turned(self, x: Tensor, norm: nn.RMSNorm | None, cos: Tensor, sin: Tensor) -> Tensor:
-        x = self._heads(x)
-        if norm is not None:  # in the type of x, so that bfloat16 keys stay beside bfloat16 values
+    def norm_and_rotate(self, x: Tensor, norm: nn.RMSNorm | None, rope: Rope) -> Tensor:
+        if norm is not None:  # with the weight in the type of x: bfloat16 keys must stay bfloat16
             x = F.rms_norm(x, norm.normalized_shape, norm.weight.type_as(x), norm.eps)
-        return kernels.rotate(x, cos, sin)
+        return kernels.rotate(x, *rope)
 
-    def key(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return self._turned(self.k_proj(x), self.k_norm, cos, sin)  # (B, nkv, T, d)
+    def key(self, x: Tensor, rope: Rope) -> Tensor:
+        return self.norm_and_rotate(self.heads(self.k_proj(x)), self.k_norm, rope)  # (B, nkv, T, d)
 
     def value(self, x: Tensor) -> Tensor:
-        return self._heads(self.v_proj(x))  # (B, nkv, T, d)
+        return self.heads(self.v_proj(x))  # (B, nkv, T, d)
 
     def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        ks: list[Tensor],
-        vs: list[Tensor],
-        strict: bool,
-        seen: Tensor | None,
+        self, x: Tensor, rope: Rope, ks: list[Tensor], vs: list[Tensor], past_only: bool, seen: Tensor | None
     ) -> Tensor:
-        q = self._turned(self.q_proj(x), self.q_norm, cos, sin)  # (B, nh, T, d)
-        k_gate = torch.cat((self.k_gate, self.k_gate), dim=-1) if len(ks) > 1 else None
+        q = self.norm_and_rotate(self.heads(self.q_proj(x)), self.q_norm, rope)  # (B, nh, T, d)
+        k_gate = torch.cat((self.k_gate, self.k_gate), dim=-1) if len(ks) > 1 else None  # (m, nkv, 1, d)
         v_gate = self.v_gate if len(vs) > 1 else None
         if seen is None:
-            y = kernels.attention(q, ks, vs, k_gate, v_gate, strict)  # (B, nh, T, d)
+            y = kernels.attention(q, ks, vs, k_gate, v_gate, past_only)  # (B, nh, T, d)
         else:
-            y = kernels.decode_attention(q, ks, vs, seen - int(strict), k_gate, v_gate)  # (B, nh, 1, d)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+            y = kernels.decode_attention(q, ks, vs, seen, k_gate, v_gate)  # (B, nh, 1, d)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -112,156 +118,190 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, in two steps, so that which KV the second reads is plain Python between compiled pieces."""
+    """A layer, in two steps: its own K and V, and attention with the MLP. Between the two, plain Python
+    decides whose K and V the second step reads, so each step can be compiled once for every plan."""
 
-    def __init__(self, config: GPTConfig, plan: Plan, layer: int):
+    def __init__(self, config: GPTConfig, attention: Attention):
         super().__init__()
         self.norm1 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-        self.attn = Attention(config, plan, layer)
+        self.attn = attention
         self.norm2 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = MLP(config)
 
-    def kv(self, x: Tensor, cos: Tensor, sin: Tensor, need_k: bool, need_v: bool):
-        """The layer's normed input and its own keys and values, as far as somebody reads them."""
+    def own_kv(self, x: Tensor, rope: Rope, need_k: bool, need_v: bool):
+        """The normed input h, which `forward` wants too, and the layer's own K and V where they are
+        needed."""
         h = self.norm1(x)
-        return h, self.attn.key(h, cos, sin) if need_k else None, self.attn.value(h) if need_v else None
+        k = self.attn.key(h, rope) if need_k else None
+        v = self.attn.value(h) if need_v else None
+        return h, k, v
 
     def forward(
         self,
         x: Tensor,
         h: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        rope: Rope,
         ks: list[Tensor],
         vs: list[Tensor],
-        strict: bool,
+        past_only: bool,
         seen: Tensor | None = None,
     ) -> Tensor:
-        """The layer's output (B, T, C) from its input x, and h = norm1(x): attention over the sources ks and
-        vs as in `kernels.attention` or, given the number of positions `seen`, over the cache as in
-        `kernels.decode_attention`; then the MLP."""
-        x = x + self.attn(h, cos, sin, ks, vs, strict, seen)
+        """The layer's output (B, T, C), from its input x and h = norm1(x). ks and vs are the sources of its
+        route: of a whole sequence as in `kernels.attention` or, where `seen` says how many positions are
+        filled, blocks of a cache as in `kernels.decode_attention`."""
+        x = x + self.attn(h, rope, ks, vs, past_only, seen)
         return x + self.mlp(self.norm2(x))
 
-    def step(
+    def decode(
         self,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        place: tuple[Tensor, Tensor],
-        k_store: Tensor | None,
-        v_store: Tensor | None,
+        rope: Rope,
+        position: Tensor,
+        own: tuple[Tensor | None, Tensor | None],
         ks: list[Tensor],
         vs: list[Tensor],
-        strict: bool,
-        seen: Tensor,
+        past_only: bool,
     ) -> Tensor:
-        """Both steps for a single position, x (B, 1, C), with a cache: what others read of this layer goes to
-        its `place` in the stores, and the sources are the cache's."""
-        h, k, v = self.kv(x, cos, sin, k_store is not None, v_store is not None)
-        kernels.write(k_store, v_store, k, v, *place)
-        return self(x, h, cos, sin, ks, vs, strict, seen)
+        """Both steps for a single position, x (B, 1, C), over the blocks of a cache. The layer's own K and V
+        are written to its blocks `own` first, where other layers or itself read them."""
+        h, k, v = self.own_kv(x, rope, own[0] is not None, own[1] is not None)
+        kernels.write(*own, k, v, position)
+        seen = position if past_only else position + 1
+        return self(x, h, rope, ks, vs, past_only, seen)
+
+
+# --- keys and values by layer -----------------------------------------------------------------------------
+# What the layers of one forward share: the plan, the angles of RoPE, and each other's K and V. There are
+# two such stores, with the same methods `put` and `sources`: one for a whole sequence, as in training, and
+# the KV cache.
+
+
+class SequenceKV:
+    """The keys and values of all positions of a sequence, while its layers run: (B, nkv, T, d) each."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.rope: Rope | None = None
+        self.k: dict[int, Tensor | None] = {}
+        self.v: dict[int, Tensor | None] = {}
+        self.passes, self.change = 1, 0.0  # see KVCache
+
+    def put(self, layer: int, k: Tensor | None, v: Tensor | None) -> None:
+        self.k[layer], self.v[layer] = k, v
+
+    def sources(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The keys and the values that a layer reads."""
+        route = self.plan[layer]
+        return [self.k[j] for j in route.k], [self.v[j] for j in route.v]
 
 
 class KVCache:
-    """The keys and values of up to `max_len` positions, for exactly the layers that `plan` stores, filled
-    below position `length`; in whole blocks of kernels.BLOCK positions, at least two.
+    """The keys and values of up to `max_len` positions, of exactly those layers that `plan` stores. `length`
+    positions are filled; setting it to 0 makes the cache new. `bytes` is what is allocated.
 
-    `k[i]`: (n, B, nkv, BLOCK, d) and `v[i]`: (n, B, nkv, d, BLOCK), so that decode, which sums key times
-    query over features and weight times value over positions, sums along memory. `bytes` is what is
-    allocated. `passes` and `change`: how often a cyclic plan's layers ran over the last prompt, and by how
-    much, relative to the largest, the last pass still changed their KV; the worst of its groups."""
+    Positions lie in whole blocks of kernels.BLOCK: k[i] is (n, B, nkv, BLOCK, d) and v[i] (n, B, nkv, d,
+    BLOCK). Decoding sums key times query over features, and weight times value over positions; this way both
+    sums run along memory, and filled blocks are a view with the same strides in a cache of any size."""
 
     def __init__(
         self, config: GPTConfig, plan: Plan, batch_size: int, max_len: int, dtype=torch.float32, device="cpu"
     ):
-        n = max(2, -(-max_len // kernels.BLOCK))
-        shape = (n, batch_size, config.n_kv_head, kernels.BLOCK, config.head_dim)
-        self.plan, self.max_len, self.length = plan, max_len, 0
-        self.passes, self.change = 1, 0.0
-        self.position, self.graph = None, None  # see kernels.CudaGraph
+        self.n_blocks = max(2, -(-max_len // kernels.BLOCK))  # two, because torch.compile specializes on one
+        shape = (self.n_blocks, batch_size, config.n_kv_head, kernels.BLOCK, config.head_dim)
+        v_shape = (*shape[:3], config.head_dim, kernels.BLOCK)
         self.k = {i: torch.zeros(shape, dtype=dtype, device=device) for i in plan.k_layers}
-        self.v = {
-            i: torch.zeros(*shape[:3], *shape[:2:-1], dtype=dtype, device=device) for i in plan.v_layers
-        }
+        self.v = {i: torch.zeros(v_shape, dtype=dtype, device=device) for i in plan.v_layers}
+        self.plan, self.max_len, self.length = plan, max_len, 0
+        self.rope: Rope | None = None
+        # How the iterated layers of a cyclic plan fared over the last prompt: how often they ran, and by how
+        # much, relative to the largest value, the last pass still changed their output; 0 where it is exact.
+        self.passes, self.change = 1, 0.0
+        # For decoding: the last position as a tensor, and the recorded step, see kernels.CudaGraph.
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self.fixed, self.graph = False, None
 
     @property
     def bytes(self) -> int:
         return sum(t.nbytes for t in (*self.k.values(), *self.v.values()))
 
-    def positions(self, T: int, device: torch.device) -> Tensor:
-        """The next T positions, (T,)."""
-        if T == 1 and self.position is not None:
-            return self.position
-        return torch.arange(self.length, self.length + T, device=device)
+    def extend(self, T: int) -> Tensor:
+        """Make room for T more positions, whose K and V are `put` next. Returns their numbers, (T,)."""
+        self.new_positions = torch.arange(self.length, self.length + T, device=self.position.device)
+        self.length += T
+        self.position.fill_(self.length - 1)
+        return self.new_positions
 
-    def blocks(self, end: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Views of the blocks that hold positions 0 .. end - 1 of every stored layer's keys and values."""
-        n = max(2, -(-end // kernels.BLOCK)) if self.position is None else None
-        return tuple({i: kernels.first_blocks(t, n) for i, t in x.items()} for x in (self.k, self.v))
+    def put(self, layer: int, k: Tensor | None, v: Tensor | None) -> None:
+        """Write a layer's keys and values, (B, nkv, T, d) each, at the new positions."""
+        kernels.write(self.k.get(layer), self.v.get(layer), k, v, self.new_positions)
 
-    def read(self, layer: int, end: int) -> tuple[Tensor | None, Tensor | None]:
-        """Copies of a layer's keys and values of positions 0 .. end - 1, (B, nkv, end, d) each."""
-        k, v = self.k.get(layer), self.v.get(layer)
-        return (
-            None if k is None else k.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :end],
-            None if v is None else v.permute(1, 2, 0, 4, 3).flatten(2, 3)[:, :, :end],
-        )
+    def sources(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Copies of the keys and values that a layer reads, (B, nkv, length, d) each."""
+        route = self.plan[layer]
+        ks = [self.k[j].permute(1, 2, 0, 3, 4).flatten(2, 3) for j in route.k]
+        vs = [self.v[j].permute(1, 2, 0, 4, 3).flatten(2, 3) for j in route.v]
+        return [k[:, :, : self.length] for k in ks], [v[:, :, : self.length] for v in vs]
+
+    def filled_blocks(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Views of the blocks that hold the filled positions, or with `fixed` of all blocks."""
+        n = self.n_blocks if self.fixed else max(2, -(-self.length // kernels.BLOCK))
+        ks, vs = ({i: t[:n] for i, t in stores.items()} for stores in (self.k, self.v))
+        for view in (*ks.values(), *vs.values()):
+            torch._dynamo.mark_dynamic(view, 0)  # another number of blocks compiles nothing
+        return ks, vs
 
 
-def listed(layers: Iterable[int]) -> str:
-    return ", ".join(map(str, layers))
+# --- the model --------------------------------------------------------------------------------------------
 
 
 class GPT(nn.Module):
+    attention = Attention  # a study that changes attention derives a class from this one and sets its own
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.plan = Plan.parse(config.plan, config.n_layer)
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config, self.plan, i) for i in range(config.n_layer))
+        self.blocks = nn.ModuleList(
+            Block(config, self.attention(config, self.plan, i)) for i in range(config.n_layer)
+        )
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        self.apply(self._init_weights)
-        for block in self.blocks:  # the residual stream sums 2 n_layer outputs
+        self.apply(self.init_weights)
+        for block in self.blocks:  # the residual stream is a sum of 2 n_layer outputs
             for proj in (block.attn.o_proj, block.mlp.down_proj):
                 nn.init.normal_(proj.weight, std=0.02 * (2 * config.n_layer) ** -0.5)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed.weight
-        self._set_rope()
-        self.compiled, self.loss_chunk = False, kernels.loss_chunk  # see kernels.compile_decode, _model
-
-    def _set_rope(self):
-        c = self.config
-        frequencies = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
-        if s := c.rope_scaling:  # Llama 3: slow turns get slower by `factor`, fast ones stay, a ramp between
-            turns = s["original_max_position_embeddings"] * frequencies / (2 * torch.pi)
-            low, high = s["low_freq_factor"], s["high_freq_factor"]
-            keep = ((turns - low) / (high - low)).clamp(0, 1)
-            frequencies = keep * frequencies + (1 - keep) * frequencies / s["factor"]
-        angles = torch.outer(torch.arange(c.block_size), frequencies).to(self.embed.weight.device)
-        self.cos, self.sin = angles.cos(), angles.sin()  # (block_size, d/2)
-
-    def _apply(self, *args):
-        """Moving or casting the model moves the RoPE table and leaves it in float32: in bfloat16 the angles
-        of far positions would be off by whole turns."""
-        super()._apply(*args)
-        self._set_rope()
-        return self
+        self.rope_table: Rope | None = None
+        self.compiled, self.loss_chunk = False, kernels.loss_chunk  # what kernels.compile_... replace
 
     @staticmethod
-    def _init_weights(module: nn.Module):
+    def init_weights(module: nn.Module):
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
+    def rope(self, positions: Tensor) -> Rope:
+        """Cosines and sines of the angles at the positions (T,): (T, d/2) each. The table is made at first
+        use and is no buffer, so that casting the model leaves it in float32: in bfloat16 the angles of far
+        positions would be off by whole turns."""
+        if self.rope_table is None or self.rope_table[0].device != positions.device:
+            everywhere = torch.arange(self.config.block_size, device=positions.device)
+            angles = torch.outer(everywhere, rope_frequencies(self.config).to(positions.device))
+            self.rope_table = angles.cos(), angles.sin()
+        cos, sin = self.rope_table
+        return cos[positions], sin[positions]
+
+    # --- plans ---
+
     def resolve(self, plan: Plan | str | None) -> Plan:
-        """The plan to run under, by default the one the parameters were built for. Raises PlanError when the
-        model lacks what the plan needs."""
+        """The plan to run under, by default the one that the parameters were built for. Raises PlanError
+        where the model lacks what the plan needs."""
         if plan is None:
-            plan = self.plan
-        elif isinstance(plan, str):
+            return self.plan
+        if isinstance(plan, str):
             plan = Plan.parse(plan, self.config.n_layer)
         if len(plan) != self.config.n_layer:
             raise PlanError(
@@ -269,16 +309,17 @@ class GPT(nn.Module):
             )
         self.check_sources(plan)
         for i, (built, asked) in enumerate(zip(self.plan.routes, plan.routes)):
-            for kind, gates, want in (("K", built.k, asked.k), ("V", built.v, asked.v)):
-                if len(want) > 1 and want != gates:
+            for kind, gates, sources in (("K", built.k, asked.k), ("V", built.v, asked.v)):
+                if len(sources) > 1 and sources != gates:
                     raise PlanError(
-                        f"plan {plan.spec!r}: layer {i} fuses the {kind} of layers {listed(want)}, and this "
-                        f"model, built for {self.plan.spec!r}, has no gates for that; train one with --plan"
+                        f"plan {plan.spec!r}: layer {i} fuses the {kind} of layers {listed(sources)}, and "
+                        f"this model, built for {self.plan.spec!r}, has no gates for that; "
+                        "train one with --plan"
                     )
         return plan
 
     def check_sources(self, plan: Plan) -> None:
-        """Raise PlanError when the plan reads keys or values that the model does not compute."""
+        """Raise PlanError where the plan reads keys or values that the model does not compute."""
         for i, route in enumerate(plan.routes):
             for kind, have, want in (("K", self.plan.k_layers, route.k), ("V", self.plan.v_layers, route.v)):
                 if missing := set(want) - set(have):
@@ -288,104 +329,70 @@ class GPT(nn.Module):
                         f"{listed(have)}"
                     )
 
-    def hidden(
+    # --- many positions at once: training, evaluation, prompts ---
+
+    def own_kv(self, i: int, x: Tensor, kv: SequenceKV | KVCache) -> Tensor:
+        """Layer i's own K and V, from its input x (B, T, C), go into `kv`. Returns the normed input."""
+        h, k, v = self.blocks[i].own_kv(x, kv.rope, i in kv.plan.k_layers, i in kv.plan.v_layers)
+        kv.put(i, k, v)
+        return h
+
+    def attend(self, i: int, x: Tensor, h: Tensor, kv: SequenceKV | KVCache) -> Tensor:
+        """Layer i's output (B, T, C), with what it reads from `kv`."""
+        return self.blocks[i](x, h, kv.rope, *kv.sources(i), kv.plan.reads_above(i))
+
+    def run_layers(
         self,
-        idx: Tensor,
-        plan: Plan,
-        cache: KVCache | None = None,
-        outputs: int | None = None,
+        x: Tensor,
+        kv: SequenceKV | KVCache,
         passes: int | None = None,
-    ) -> Tensor | None:
-        """The residual stream above the last layer, (B, T, C), or only the last position's, (B, 1, C), with
-        outputs=1, or none's with outputs=0: nothing above the highest stored layer needs the other positions,
-        so there they stop.
+        only_below: int | None = None,
+    ) -> Tensor:
+        """From the residual stream below the first layer, (B, T, C), to that above the last. With
+        `only_below`, to the input of that layer, once its own K and V are in `kv`."""
+        for low, high in kv.plan.segments:
+            if low < high:
+                x, h = self.iterate(low, high, x, kv, passes)
+            else:
+                h = self.own_kv(high, x, kv)
+            if high == only_below:
+                return x
+            x = self.attend(high, x, h, kv)
+        return x
 
-        Layers bound by reads of higher ones (`plan.segments`) iterate, all passes from the same input, each
-        reading the higher layers' KV of the pass before and the first one zeros (arXiv 2410.14442): at most
-        `passes` times, all with gradients, or by default forward_passes without and backward_passes with.
-        After pass n the first n positions are exact, so T passes, or one of a single position, always
-        suffice; without gradients iteration stops when the KV has settled."""
-        c = self.config
-        B, T = idx.shape
-        self._check_fits(T, cache)
-        start = cache.length if cache is not None else 0
-        positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T, idx.device)
-        place = positions // kernels.BLOCK, positions % kernels.BLOCK
-        cos, sin, seen = self.cos[positions], self.sin[positions], positions[-1] + 1
-        ks, vs = {}, {}  # layer -> its keys, values, (B, nkv, start + T, d)
-        grad = torch.is_grad_enabled()
+    def iterate(
+        self, low: int, high: int, x: Tensor, kv: SequenceKV | KVCache, passes: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Layers low .. high, of which some read layers above themselves (arXiv 2410.14442). Every pass
+        starts from the same input x and reads the KV that the pass before has left, the first one zeros.
+        Returns the input of layer `high` after the last pass, and the same normed; its K and V are in `kv`.
 
-        def put(i: int, k: Tensor | None, v: Tensor | None):
-            if cache is not None:
-                kernels.write(cache.k.get(i), cache.v.get(i), k, v, *place)
-            ks[i], vs[i] = (k, v) if start == 0 else cache.read(i, start + T)
-
-        def own_kv(i: int, x: Tensor) -> Tensor:
-            h, k, v = self.blocks[i].kv(x, cos, sin, i in plan.k_layers, i in plan.v_layers)
-            put(i, k, v)
-            return h
-
-        def finish(i: int, x: Tensor, h: Tensor) -> Tensor:
-            k, v = [ks[j] for j in plan[i].k], [vs[j] for j in plan[i].v]
-            return self.blocks[i](x, h, cos, sin, k, v, plan.strict(i))
-
-        x = self.embed(idx)  # (B, T, C)
-        # Layers that run for the last position alone, over the cache. All of them for a single one, once and
-        # in order under every plan: what lies above is read of positions before it.
-        alone = range(c.n_layer) if cache is not None and T == 1 else range(0)
-        for lo, hi in () if alone else plan.segments:
-            limit, without = 1, 0
-            if lo < hi:
-                limit = min(T, passes or c.forward_passes + c.backward_passes)
-                without = limit - min(limit, passes or c.backward_passes)
-                none = x.new_zeros(B, c.n_kv_head, T, c.head_dim)
-                for i in range(lo, hi + 1):
-                    put(i, none if i in plan.k_layers else None, none if i in plan.v_layers else None)
-            first = x
-            for n in range(limit):
-                before = None if grad or lo == hi else self._new_kv(ks, vs, lo, hi, T)
-                with torch.set_grad_enabled(grad and n >= without):
-                    x = first
-                    for i in range(lo, hi):
-                        x = finish(i, x, own_kv(i, x))
-                    h = own_kv(hi, x)
+        There are at most `passes` passes, all with gradients; by default forward_passes without gradients and
+        backward_passes with. After n passes the first n positions are exact, so T passes always suffice.
+        Without gradients, iteration also stops when nothing changes any more."""
+        B, T, _ = x.shape
+        training = torch.is_grad_enabled()
+        with_gradient = passes or self.config.backward_passes
+        limit = min(T, passes or self.config.forward_passes + self.config.backward_passes)
+        zeros = x.new_zeros(B, self.config.n_kv_head, T, self.config.head_dim)
+        for i in range(low, high + 1):
+            kv.put(i, zeros if i in kv.plan.k_layers else None, zeros if i in kv.plan.v_layers else None)
+        before, change = None, float("inf")
+        for n in range(1, limit + 1):
+            with torch.set_grad_enabled(training and n > limit - with_gradient):
+                y = x
+                for i in range(low, high):
+                    y = self.attend(i, y, self.own_kv(i, y, kv), kv)
+                h = self.own_kv(high, y, kv)
+            if not training:
                 if before is not None:
-                    change = (self._new_kv(ks, vs, lo, hi, T) - before).abs().max() / before.abs().max()
-                    if change <= 4 * torch.finfo(before.dtype).eps:
-                        break
-            if before is not None and cache is not None:
-                cache.passes, cache.change = max(cache.passes, n + 1), max(cache.change, float(change))
-            if outputs is not None and hi == plan.last_full_layer:
-                x, h = (t.narrow_copy(1, T - 1, 1) for t in (x, h))  # a view's strides would tell T apart
-                cos, sin = cos[-1:], sin[-1:]
-                if cache is not None:
-                    alone = range(hi, c.n_layer if outputs else hi)
+                    change = float((y - before).abs().max() / before.abs().max())
+                if n == T or change <= 4 * torch.finfo(y.dtype).eps:
+                    change = 0.0
                     break
-            x = finish(hi, x, h)
-        if alone:
-            k, v = cache.blocks(start + T)
-        for i in alone:
-            own = (k.get(i), v.get(i)) if T == 1 else (None, None)  # a prompt's are there already
-            sources = [k[j] for j in plan[i].k], [v[j] for j in plan[i].v]
-            x = self.blocks[i].step(x, cos, sin, place, *own, *sources, plan.strict(i), seen)
-        if cache is not None:
-            cache.length = start + T
-        return None if outputs == 0 else x
-
-    def _check_fits(self, T: int, cache: KVCache | None):
-        start, room = 0, self.config.block_size
-        if cache is not None:
-            start, room = cache.length, min(cache.max_len, room)
-        if start + T > room:
-            raise ValueError(
-                f"{start + T} positions do not fit the context of {room}; shorten the prompt or ask for less"
-            )
-
-    @staticmethod
-    def _new_kv(ks: dict, vs: dict, lo: int, hi: int, T: int) -> Tensor:
-        """A copy of the last T positions of all keys and values of layers lo .. hi."""
-        stored = [x[i] for x in (ks, vs) for i in range(lo, hi + 1) if x[i] is not None]
-        return torch.stack([t[:, :, -T:] for t in stored])
+                before = y
+        kv.passes, kv.change = max(kv.passes, n), max(kv.change, change)
+        return y, h
 
     def forward(
         self,
@@ -398,39 +405,88 @@ class GPT(nn.Module):
 
         Without targets: the last position's logits, (B, 1, vocab), and None. With targets (B, T): None and
         the mean loss in nats per token. A `cache` is read, extended by the T positions, and sets the plan;
-        ValueError if another is asked for, or targets."""
-        plan = self.resolve(cache.plan if plan is None and cache is not None else plan)
-        if cache is not None and (targets is not None or plan != cache.plan):
-            raise ValueError(f"this cache is for generation under plan {cache.plan.spec!r}; make another")
-        if targets is not None:
-            x = self.norm(self.hidden(idx, plan))
-            return None, kernels.mean_cross_entropy(x, self.lm_head.weight, targets, self.loss_chunk)
+        ValueError if another plan is asked for, or targets."""
         if cache is not None:
-            self._check_fits(idx.size(1), cache)
-            if idx.size(1) > 1:
-                cache.passes, cache.change = 1, 0.0
-            *parts, idx = idx.split(PREFILL_CHUNK, dim=1)
-            for part in parts:
-                self.hidden(part, plan, cache, outputs=0)
-        return self.head(self.hidden(idx, plan, cache, outputs=1)), None
+            if targets is not None or self.resolve(plan or cache.plan) != cache.plan:
+                raise ValueError(f"this cache is for generation under plan {cache.plan.spec!r}; make another")
+            self.check_fits(cache.length + idx.size(1), min(cache.max_len, self.config.block_size))
+            return (self.decode if idx.size(1) == 1 else self.prefill)(idx, cache), None
+        x = self.hidden(idx, self.resolve(plan))
+        if targets is None:
+            return self.head(x[:, -1:]), None
+        return None, kernels.mean_cross_entropy(self.norm(x), self.lm_head.weight, targets, self.loss_chunk)
+
+    def check_fits(self, n_positions: int, room: int) -> None:
+        if n_positions > room:
+            raise ValueError(
+                f"{n_positions} positions do not fit the context of {room}; "
+                "shorten the prompt or ask for less"
+            )
+
+    def hidden(
+        self, idx: Tensor, plan: Plan, passes: int | None = None, kv: SequenceKV | None = None
+    ) -> Tensor:
+        """The residual stream above the last layer, (B, T, C), of a whole sequence, idx (B, T). `kv` is
+        left with the keys and values of all layers."""
+        self.check_fits(idx.size(1), self.config.block_size)
+        kv = kv or SequenceKV(plan)
+        kv.rope = self.rope(torch.arange(idx.size(1), device=idx.device))
+        return self.run_layers(self.embed(idx), kv, passes)
 
     def head(self, x: Tensor) -> Tensor:
-        """Logits of a position, (B, 1, vocab), from the residual stream."""
+        """Logits of one position, (B, 1, vocab), from the residual stream above the last layer."""
         return self.lm_head(self.norm(x))
 
     def losses(self, idx: Tensor, targets: Tensor, plan: Plan | str | None = None) -> Tensor:
-        """Loss of every position, (B, T), in nats."""
+        """The loss of every position, (B, T), in nats, for evaluation."""
         x = self.norm(self.hidden(idx, self.resolve(plan)))
-        return kernels.cross_entropy(x, self.lm_head.weight, targets, self.loss_chunk)
+        return kernels.cross_entropy(x, self.lm_head.weight, targets)
 
     def logits(self, idx: Tensor, plan: Plan | str | None = None, passes: int | None = None) -> Tensor:
-        """Logits of every position, (B, T, vocab), without a cache. A cyclic plan iterates `passes` times, by
-        default until it is exact; passes below 1 raise ValueError."""
+        """Logits of every position, (B, T, vocab), for tests and study. A cyclic plan iterates `passes`
+        times, by default until it is exact; passes below 1 raise ValueError."""
         if passes is not None and passes < 1:
             raise ValueError(f"passes {passes} is not valid; it must be 1 or more")
-        return self.lm_head(self.norm(self.hidden(idx, self.resolve(plan), passes=passes or idx.size(1))))
+        x = self.hidden(idx, self.resolve(plan), passes or idx.size(1))
+        return self.lm_head(self.norm(x))
 
-    @torch.no_grad()
+    # --- generation ---
+
+    def prefill(self, idx: Tensor, cache: KVCache) -> Tensor:
+        """Fill the cache with T prompt positions, idx (B, T). Returns the last one's logits, (B, 1, vocab).
+
+        Above the highest stored layer nothing needs the other positions, so they stop there: with FusedKV, at
+        half the layers (arXiv 2512.03870)."""
+        top = cache.plan.last_full_layer
+        cache.passes, cache.change = 1, 0.0
+        for part in idx.split(PREFILL_CHUNK, dim=1):
+            cache.rope = self.rope(cache.extend(part.size(1)))
+            x = self.run_layers(self.embed(part), cache, only_below=top)
+        last = x.narrow_copy(1, x.size(1) - 1, 1)  # copied, so that no stride depends on T and compiles anew
+        return self.head(self.last_position(last, cache, first=top))
+
+    def decode(self, idx: Tensor, cache: KVCache) -> Tensor:
+        """One more position, idx (B, 1) -> logits (B, 1, vocab). Exact for cyclic plans too: what a layer
+        reads of layers above are earlier positions, which are in the cache."""
+        cache.extend(1)
+        if self.compiled and idx.is_cuda and cache.graph is None:
+            cache.graph = kernels.CudaGraph(self.decode_step, idx, cache)
+        return self.decode_step(idx, cache) if cache.graph is None else cache.graph(idx)
+
+    def decode_step(self, idx: Tensor, cache: KVCache) -> Tensor:
+        """The part of `decode` that runs on the device."""
+        return self.head(self.last_position(self.embed(idx), cache, first=0))
+
+    def last_position(self, x: Tensor, cache: KVCache, first: int) -> Tensor:
+        """Layers `first` and above for a single position, x (B, 1, C), the one of number cache.position."""
+        plan, rope = cache.plan, self.rope(cache.position)
+        ks, vs = cache.filled_blocks()
+        for i in range(first, self.config.n_layer):
+            own = ks.get(i), vs.get(i)
+            sources = [ks[j] for j in plan[i].k], [vs[j] for j in plan[i].v]
+            x = self.blocks[i].decode(x, rope, cache.position, own, *sources, plan.reads_above(i))
+        return x
+
     def stream(
         self,
         idx: Tensor,
@@ -442,83 +498,74 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         exact_prefill: bool = False,
     ) -> Iterator[Tensor]:
-        """Continue idx (B, T): prefill once, then one position a step with the cache. Yields each new column
-        (B, 1). Temperature 0 is greedy. `exact_prefill` feeds the prompt token by token, which for cyclic
-        plans is the exact result whatever the number of passes. Raises ValueError when T + max_new_tokens
-        exceeds the context."""
+        """Continue idx (B, T): prefill once, then one position a step. Yields each new column, (B, 1).
+
+        Temperature 0 is greedy. A `cache` given is continued from where it is. `exact_prefill` feeds the
+        prompt token by token, which for cyclic plans is exact whatever the number of passes. Raises
+        ValueError at once, before the first token, where the tokens asked for do not fit the context or the
+        cache."""
         B, T = idx.shape
-        if T < 1 or T + max_new_tokens > self.config.block_size:
+        if cache is None:
+            plan = self.resolve(plan)
+            cache = KVCache(self.config, plan, B, T + max_new_tokens, self.embed.weight.dtype, idx.device)
+        total = cache.length + T + max_new_tokens
+        if T < 1 or total > self.config.block_size:
+            filled = f" after the {cache.length} in the cache" if cache.length else ""
             raise ValueError(
-                f"a prompt of {T} tokens and {max_new_tokens} new ones do not fit the context of "
+                f"a prompt of {T} tokens and {max_new_tokens} new ones{filled} do not fit the context of "
                 f"{self.config.block_size} tokens (1 prompt token at least)"
             )
-        plan = self.resolve(cache.plan if plan is None and cache is not None else plan)
-        if cache is not None and cache.length + T + max_new_tokens - 1 > cache.max_len:
+        if total - 1 > cache.max_len:  # the last new token is not fed back
             raise ValueError(
                 f"{T} tokens and {max_new_tokens} new ones do not fit a cache of {cache.max_len} positions, "
                 f"{cache.length} of them taken; make a longer one"
             )
-        if cache is None:
-            cache = KVCache(self.config, plan, B, T + max_new_tokens, self.embed.weight.dtype, idx.device)
-
-        def step(idx: Tensor) -> Tensor:
-            return self(idx, plan=plan, cache=cache)[0]
-
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
-        for t in range(T - 1 if exact_prefill else 0):
-            step(idx[:, t : t + 1])
-        idx = idx[:, -1:] if exact_prefill else idx
-        for n in range(max_new_tokens):
-            if n > 0 and self.compiled and idx.is_cuda:
-                cache.graph = cache.graph or kernels.CudaGraph(self, cache, idx)
-                step = partial(cache.graph, cache)
-            logits = step(idx)[:, -1].float()  # (B, vocab)
-            if temperature == 0:
-                idx = logits.argmax(-1, keepdim=True)
-            else:
-                logits = logits / temperature
-                if top_k is not None:
-                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, -torch.inf)
-                idx = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-            yield idx
+        pieces = idx.split(1, dim=1) if exact_prefill else [idx]
+
+        @torch.no_grad()
+        def tokens() -> Iterator[Tensor]:
+            inputs = list(pieces)
+            for _ in range(max_new_tokens):
+                for piece in inputs:
+                    logits = self(piece, plan=plan, cache=cache)[0]
+                column = sample(logits[:, -1].float(), temperature, top_k, generator)
+                inputs = [column]
+                yield column
+
+        return tokens()
 
     def generate(self, idx: Tensor, max_new_tokens: int, *args, **options) -> Tensor:
         """`stream` in one piece: (B, T) -> (B, T + max_new_tokens)."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, *args, **options)], dim=1)
 
 
-@torch.no_grad()
-def convert(model: GPT, plan: str, calibration: Iterable[Tensor] = ()) -> GPT:
-    """A model built for `plan` with the weights of `model`; projections that no one reads any more go.
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
+) -> Tensor:
+    """Draw one token for each row of logits (B, vocab): (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None:
+        smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
-    Gates of fused layers are the least-squares fit of the layer's own K and V on those of its sources over
-    the `calibration` batches of token ids, (B, T) each: one small linear system per head and feature, for
-    keys per pair of features that RoPE turns together. Without calibration they start as in a new model.
-    Raises PlanError where `model` lacks what the plan reads."""
-    config = replace(model.config, plan=plan)
-    new = GPT(config).to(model.embed.weight)
-    model.check_sources(new.plan)
-    weights = model.state_dict()
-    new.load_state_dict({n: weights.get(n, p) for n, p in new.state_dict().items()})
-    sums = {}  # (layer, which) -> [A, b] of the normal equations A gate = b
-    for idx in calibration:
-        cache = KVCache(model.config, model.plan, *idx.shape, model.embed.weight.dtype, idx.device)
-        model(idx, cache=cache)
-        kv = {i: cache.read(i, cache.length) for i in range(config.n_layer)}
-        for i, route in enumerate(new.plan.routes):
-            for which, sources in enumerate((route.k, route.v)):
-                if len(sources) == 1 or kv[i][which] is None:
-                    continue
-                x, y = torch.stack([kv[j][which] for j in sources]).double(), kv[i][which].double()
-                if which == 0:  # the two halves of a head are further samples of the same gates
-                    x, y = (torch.cat(t.chunk(2, dim=-1), dim=-2) for t in (x, y))
-                A, b = torch.einsum("mbhtd,nbhtd->hdmn", x, x), torch.einsum("mbhtd,bhtd->hdm", x, y)
-                old = sums.get((i, which), (0, 0))
-                sums[i, which] = (old[0] + A, old[1] + b)
-    for (i, which), (A, b) in sums.items():
-        ridge = 1e-6 * A.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(A.size(-1)).to(A)
-        gate = torch.linalg.solve(A + ridge, b)  # (nkv, d or d/2, m)
-        attn = new.blocks[i].attn
-        (attn.k_gate, attn.v_gate)[which].copy_(gate.permute(2, 0, 1)[:, :, None])
-    return new.eval()
+
+def rope_frequencies(config: GPTConfig) -> Tensor:
+    """How far each pair of features rotates from one position to the next, in radians: (d/2,)."""
+    d = config.head_dim
+    frequencies = config.rope_theta ** (-torch.arange(0, d, 2) / d)
+    if scaling := config.rope_scaling:
+        # Llama 3 stretches to longer contexts: pairs that rotate slowly, less than low_freq_factor times in
+        # the original context, do so `factor` times slower; fast ones stay; those between are interpolated.
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * torch.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
+    return frequencies
+
+
+def listed(layers: Iterable[int]) -> str:
+    return ", ".join(map(str, layers))

@@ -1,4 +1,4 @@
-"""bench.py on models of a moment: what it writes, what it refuses, and that the peer it measures is the same
+"""lab.bench on models of a moment: what it writes, what it refuses, and that the peer it measures is the same
 model. Its figures themselves are not for tests."""
 
 import json
@@ -8,12 +8,15 @@ import pytest
 import torch
 from conftest import make_model
 
-import bench
 import hf
 from kv_router import Plan
-from train import TrainConfig, make_optimizer
+from lab import bench
+from lab.bench_train import peak_memory
+from lab.clock import Clock
+from settings import TrainConfig
+from train import make_optimizer
 
-TINY = ["--n_layer", 4, "--n_head", 4, "--n_kv_head", 2, "--n_embd", 32, "--vocab_size", 61, "--no-compile"]
+TINY = ["--n_layer", 4, "--n_head", 4, "--n_kv_head", 2, "--n_embd", 32, "--vocab_size", 61, "--no_compile"]
 TINY += ["--device", "cpu", "--dtype", "float32", "--repeats", 1]
 
 
@@ -24,7 +27,7 @@ def rows_of(path) -> list[dict]:
 def test_it_measures_every_plan_beside_its_prediction(tmp_path, script, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = ["--prompts", 300, 8, "--new_tokens", 3, "--memory_gb", 0.01, "--peer", "hf"]
-    status, out, err = script("bench.py", *TINY, *args)
+    status, out, err = script("lab/bench.py", *TINY, *args)
     assert status == 0, err
     rows = rows_of(tmp_path / "out/bench/bench.jsonl")
     assert (tmp_path / "out/bench/bench.png").stat().st_size > 10_000
@@ -46,8 +49,9 @@ def test_it_measures_every_plan_beside_its_prediction(tmp_path, script, monkeypa
 
 def test_training_is_measured(tmp_path, script, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = ["--train", "--batch", 2, "--block_size", 16]
-    status, out, err = script("bench.py", *TINY, *args)
+    (tmp_path / "x.toml").write_text("batch_size = 2\nblock_size = 16")
+    args = ["--train", "--config", "x.toml", "--optimizer", "adamw"]
+    status, out, err = script("lab/bench.py", *TINY, *args)
     assert status == 0, err
     rows = rows_of(tmp_path / "out/bench/bench_train.jsonl")
     assert [r["plan"] for r in rows] == ["full", "full", "fusedkv", "sandwich-top:2"]
@@ -69,7 +73,7 @@ def test_training_memory_does_not_grow_with_the_vocabulary():
 
         step()
         table = model.embed.weight.nbytes  # its gradient: from the output layer, from the input, their sum
-        peaks.append(bench.peak_memory(step, "cpu") - 3 * table)
+        peaks.append(peak_memory(step, "cpu") - 3 * table)
     assert peaks[1] < 1.15 * peaks[0]
 
 
@@ -83,12 +87,12 @@ def test_the_peer_is_the_same_model():
     assert peer.model.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()  # handed over in memory
 
 
-def test_a_clock_tells_the_seconds_between_marks():
-    clock = bench.Clock("cpu")
+def test_a_clock_gives_the_seconds_between_marks():
+    clock = Clock("cpu")
     for _ in range(3):
         clock.mark()
         time.sleep(0.02)
-    assert len(clock.steps()) == 2 and all(0.02 <= s < 1 for s in clock.steps())
+    assert len(clock.seconds()) == 2 and all(0.02 <= s < 1 for s in clock.seconds())
 
 
 @pytest.mark.parametrize(
@@ -101,21 +105,21 @@ def test_a_clock_tells_the_seconds_between_marks():
         (["--memory_gb", 1e6], "--memory_gb 1e+06 is not valid"),
         (["--memory_gb", 0.1, "--prompts", 3, "--new_tokens", 9], "--memory_gb needs --prompts of 9 or more"),
         (["--batch", 10**9, "--prompts", 300], "the cache under full needs 162 TB, and cpu has"),
-        (["--device", "cuda:9"], "--device cuda:9 is not to be had here"),
+        (["--device", "cuda:9"], "--device cuda:9 is not available here"),
         (["--plans", "keep:9"], "layer '9'"),
         (["--plans", "auto:0.5"], "none were searched for this run"),
     ],
 )
 def test_mistakes(args, part, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert part in refused("bench.py", *TINY, *args)
+    assert part in refused("lab/bench.py", *TINY, *args)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_peer_that_is_not_installed(monkeypatch, refused, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    assert "--peer hf needs the package transformers" in refused("bench.py", *TINY, "--peer", "hf")
+    assert "--peer hf needs the package transformers" in refused("lab/bench.py", *TINY, "--peer", "hf")
 
 
 def test_a_run_is_measured_with_its_own_sizes(corpus, tmp_path, script, refused):
@@ -123,12 +127,12 @@ def test_a_run_is_measured_with_its_own_sizes(corpus, tmp_path, script, refused)
 
     out = tmp_path / "run"
     assert script("train.py", *flags(corpus, out, max_iters=1))[0] == 0
-    base = ["--out_dir", out, "--no-compile", "--repeats", 1, "--device", "cpu", "--dtype", "float32"]
-    status, text, err = script("bench.py", *base, "--prompts", 16, "--new_tokens", 4)
+    base = ["--out_dir", out, "--no_compile", "--repeats", 1, "--device", "cpu", "--dtype", "float32"]
+    status, text, err = script("lab/bench.py", *base, "--prompts", 16, "--new_tokens", 4)
     assert status == 0 and (out / "bench.png").exists(), err
     assert {r["name"] for r in rows_of(out / "bench.jsonl")} == set(bench.PLANS)
-    line = refused("bench.py", *base, "--prompts", 64)
+    line = refused("lab/bench.py", *base, "--prompts", 64)
     assert "--prompts 64 and 16 new tokens do not fit the context of 32" in line
-    assert "--n_layer is for random weights" in refused("bench.py", *base, "--n_layer", 2)
+    assert "--n_layer is for random weights" in refused("lab/bench.py", *base, "--n_layer", 2)
     config, _ = hf.export(make_model())
     assert config["model_type"] == "llama"

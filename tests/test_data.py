@@ -145,6 +145,218 @@ def test_the_default_corpus_is_the_standard_library():
     assert paths == data.python_corpus() and paths[:20] != sorted(paths)[:20]
 
 
+def make_corpus(script, folder: Path, *flags) -> tuple[dict, str]:
+    """Runs data.py --input FOLDER; returns the meta data of what it has made, and what it has said."""
+    to = folder.parent / "data"
+    flags = ("--input", folder, "--name", "x", "--data_dir", to, "--tokenizer", "bytes", *flags)
+    status, out, _ = script("data.py", *flags)
+    assert status == 0
+    return data.verified(to / "x"), out
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    text = "first line\nnaïve\n"
+    for start in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / "a.txt").write_bytes(start + text.encode())
+        assert data.read_text(tmp_path / "a.txt") == text
+    inside = text + "\ufeff" + text  # elsewhere it is a character like others
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + inside.encode())
+    assert data.read_text(tmp_path / "a.txt") == inside
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_recognised(encoding, tmp_path, script, refused):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    mark = "" if encoding == "utf-16" else "\ufeff"  # which Python writes by itself only there
+    (folder / "wide.txt").write_bytes((mark + "some text\n" * 99).encode(encoding))
+    for path in (folder / "wide.txt", folder):  # alone, and as all that is in a folder
+        line = refused("data.py", "--input", path, "--name", "x", "--data_dir", tmp_path / "data")
+        assert "wide.txt" in line and "UTF-16" in line and "iconv -f UTF-16 -t UTF-8" in line
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_text("some text\n" * 99)
+    meta, out = make_corpus(script, folder)
+    assert meta["train"]["bytes"] + meta["val"]["bytes"] == 2 * 990
+    assert "left out: 1 of 3 files" in out and "wide.txt" in out
+    assert "1 in UTF-16: convert with iconv -f UTF-16 -t UTF-8" in out
+
+
+def test_a_folder_with_pictures_among_the_texts(tmp_path, script, refused):
+    folder = tmp_path / "texts"
+    (folder / "sub").mkdir(parents=True)
+    for i in range(6):
+        (folder / "sub" / f"{i}.txt").write_text(f"this is file number {i}\n" * 20)
+    for i in range(5):
+        (folder / f"photo{i}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
+    meta, out = make_corpus(script, folder)
+    assert meta["train"]["bytes"] + meta["val"]["bytes"] == 6 * 440
+    names = "photo0.png, photo1.png, photo2.png, ..."
+    assert f"left out: 5 of 11 files below {folder} are not UTF-8 text: {names}\n" in out
+    chosen, out = make_corpus(script, folder, "--glob", "*.txt")
+    assert chosen["train"]["bytes"] + chosen["val"]["bytes"] == 6 * 440 and "left out" not in out
+    some, out = make_corpus(script, folder, "--glob", "[01]*")
+    assert some["train"]["bytes"] + some["val"]["bytes"] == 2 * 440 and "left out" not in out
+
+    for i in (5, 6):
+        (folder / f"photo{i}.png").write_bytes(b"\xff\xd8\xff\xe0" + bytes(range(256)))
+    flags = ("--input", folder, "--name", "y", "--data_dir", tmp_path / "data")
+    line = refused("data.py", *flags)
+    assert "7 of 13 files" in line and "photo0.png, photo1.png, photo2.png, ..." in line
+    assert "--glob '*.txt'" in line
+    assert "no file below" in refused("data.py", *flags, "--glob", "*.md")
+    assert "7 of 7 files" in refused("data.py", *flags, "--glob", "*.png")
+    assert sorted(os.listdir(tmp_path / "data")) == ["x"]
+
+
+def test_empty_files_and_windows_line_ends_are_mentioned(tmp_path, script):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    text = "one line\r\nanother\r\n" * 20
+    for i in range(3):
+        (folder / f"{i}.txt").write_bytes(text.encode())
+    (folder / "unix.txt").write_text("one line\nanother\n" * 20)
+    meta, out = make_corpus(script, folder)
+    assert (
+        "3 files have Windows line ends (CRLF)" in out and "empty files" not in out and "left out" not in out
+    )
+    stored = b"".join((tmp_path / "data" / "x" / f"{s}.bin").read_bytes() for s in ("train", "val"))
+    ids = np.frombuffer(stored, "<u2").tolist()
+    assert data.load_tokenizer(tmp_path / "data" / "x").decode(ids).count("\r\n") == 3 * 40
+    for i in range(2):
+        (folder / f"empty{i}.txt").write_bytes(b"")
+    again, out = make_corpus(script, folder)
+    assert "2 empty files" in out and "left out" not in out
+    assert again["train"]["bytes"] + again["val"]["bytes"] == 3 * len(text) + 17 * 20
+
+
+def byte_level_tokenizer():
+    """Like GPT-2's or Llama 3's, with one byte-pair merge inside a character and one across two."""
+    pytest.importorskip("tokenizers")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    sun, half = (pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(c)[0][0] for c in "日é")
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), (sun[0], sun[1]), (half[1], sun[0])]
+    tokens = [*letters, *("".join(pair) for pair in merges), "<|endoftext|>"]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return tokenizer
+
+
+def sentencepiece_tokenizer():
+    """Like those of Llama 2 and Mistral: spaces as ▁, bytes for unknown characters, a BOS in front."""
+    pytest.importorskip("tokenizers")
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "▁"), ("▁", "c")]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    tokens += [*"abcdefghijklmnopqrstuvwxyz▁.,é", *("".join(pair) for pair in merges)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    model = models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    bos = [("<s>", tokenizer.token_to_id("<s>"))]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=bos)
+    return tokenizer
+
+
+@pytest.fixture(params=["tiktoken", "byte level", "sentencepiece"])
+def any_enc(request, enc, tmp_path):
+    """A tokenizer of each kind that data.py takes."""
+    if request.param == "tiktoken":
+        return enc
+    make = byte_level_tokenizer if request.param == "byte level" else sentencepiece_tokenizer
+    make().save(str(tmp_path / "tokenizer.json"))
+    return data.JsonTokenizer(tmp_path / "tokenizer.json")
+
+
+def streamed(enc, ids: list[int]) -> tuple[list[str], str]:
+    """What TextStream gives out for every token, and at the end."""
+    stream = data.TextStream(enc)
+    return [stream(token) for token in ids], stream.rest()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["the cat, the hat", " the  cat", "  a", "日本é日 the é", "🎉🎉 the 🎉", "a\n\n\tthe\r\n", "é", " ", ""],
+)
+def test_a_stream_of_tokens_joins_to_the_text(any_enc, text):
+    ids = any_enc.encode_ordinary(text)
+    pieces, rest = streamed(any_enc, ids)
+    assert "".join(pieces) == text == any_enc.decode(ids) and rest == ""
+    assert not any("\ufffd" in piece for piece in pieces)
+    # Text is given out as soon as it is there: nothing waits but the bytes of an unfinished character.
+    for n in range(len(ids)):
+        so_far = any_enc.decode(ids[:n])
+        if not so_far.endswith("\ufffd"):
+            assert "".join(pieces[:n]) == so_far
+
+
+def test_a_stream_of_any_text_joins_to_it(any_enc):
+    rng = random.Random(0)
+    for _ in range(200):
+        text = "".join(rng.choice(["the", " ", "é", "日", "🎉", "\n", "x", "\ufffd"]) for _ in range(12))
+        pieces, rest = streamed(any_enc, any_enc.encode_ordinary(text))
+        assert "".join(pieces) + rest == text
+
+
+def test_a_stream_of_tokens_that_are_no_text(any_enc):
+    """Half characters at the end, ends of a text between words, and tokens that only the model has."""
+    half = any_enc.encode_ordinary("the 𝄞")[:-1]
+    pieces, rest = streamed(any_enc, half)
+    assert "".join(pieces) == "the " and set(rest) == {"\ufffd"}
+    the, end = any_enc.encode_ordinary("the"), any_enc.eot_token
+    pieces, rest = streamed(any_enc, [*the, end, *the])
+    assert "".join(pieces) + rest == any_enc.decode([*the, end, *the]) and pieces[0] != ""
+    pieces, rest = streamed(any_enc, [*half, any_enc.n_vocab, any_enc.n_vocab + 1000, *the])
+    text = "".join(pieces) + rest
+    assert text.startswith("the \ufffd") and text.endswith("\ufffdthe") and text.count("\ufffd") >= 3
+
+
+def test_what_a_tokenizer_puts_in_front_of_every_text(tmp_path):
+    for make, start, end in (
+        (byte_level_tokenizer, [], "<|endoftext|>"),
+        (sentencepiece_tokenizer, [1], "</s>"),
+    ):
+        tokenizer, folder = make(), tmp_path / make.__name__
+        file = tmp_path / f"{make.__name__}.json"
+        tokenizer.save(str(file))
+        documents = [f"the cat and the hat, {'abc' * (i % 7)}.\n" for i in range(60)] + [""]
+        meta = data.prepare(folder, lambda documents=documents: documents, str(file), "a test")
+        enc = data.load_tokenizer(folder)
+        assert enc.start == start and enc.n_vocab == meta["vocab_size"]
+        expected = {"train": [], "val": []}
+        for text, part in data.split_documents(documents):
+            if text:
+                expected[part] += [*tokenizer.encode(text).ids, tokenizer.token_to_id(end)]
+        for part in ("train", "val"):
+            ids = np.frombuffer((folder / f"{part}.bin").read_bytes(), "<u2").tolist()
+            assert ids == expected[part] and len(ids) == meta[part]["tokens"]
+        assert data.prompt(enc, "the hat") == tokenizer.encode("the hat").ids
+        assert data.prompt(enc, "") == (start or [enc.eot_token])
+
+
+def test_prompts_of_our_own_tokenizers(enc):
+    assert data.prompt(enc, "the cat") == enc.encode_ordinary("the cat")
+    assert data.prompt(enc, "") == [enc.eot_token]
+
+
+def test_bits_per_byte(tmp_path):
+    """Of a model that finds all 256 bytes equally likely: 8, with a token for every byte and one per text."""
+    text = "abcdefghij" * 20
+    meta = data.prepare(tmp_path / "x", lambda: [text], "bytes", "a test")
+    for split in ("train", "val"):
+        n, n_bytes = meta[split]["tokens"], meta[split]["bytes"]
+        bpb = data.Tokens(tmp_path / "x", split, 4).bits_per_byte(np.log(256))
+        assert n == n_bytes + 1 and bpb == pytest.approx(8 * n / n_bytes)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_hugging_face_datasets_from_a_local_file(tmp_path, kind, script, refused):
     datasets = pytest.importorskip("datasets")
@@ -211,17 +423,23 @@ def test_damaged_corpora_are_refused(tmp_path):
     (folder / "train.bin").write_bytes(good[:-10])
     with pytest.raises(UserError, match="meta.json says"):
         data.Tokens(folder, "train", 8)
+    assert good[100] != 1
+    for split in ("train", "val"):  # a single wrong byte
+        raw = (folder / f"{split}.bin").read_bytes()
+        for name, content in (("train", good), (split, raw[:100] + b"\x01" + raw[101:])):
+            (folder / f"{name}.bin").write_bytes(content)
+        with pytest.raises(UserError, match=f"{split}.bin .* its sha256 is not the one in meta.json"):
+            data.verified(folder)
+        (folder / f"{split}.bin").write_bytes(raw if split == "val" else good)
+        assert data.verified(folder) == data.read_meta(folder)
     (folder / "train.bin").write_bytes(np.full(len(good) // 2, 301, "<u2").tobytes())
-    with pytest.raises(UserError, match="its sha256 is not the one in meta.json"):
-        data.Tokens(folder, "train", 8)
-    meta = data.read_meta(folder)
-    meta["train"]["sha256"] = data.sha256(folder / "train.bin")
-    (folder / "meta.json").write_text(json.dumps(data.sealed(meta)))
     with pytest.raises(UserError, match="token id 301 and the vocabulary has 30"):
         data.Tokens(folder, "train", 8).batch(0, 1, seed=0)
     (folder / "train.bin").unlink()
     with pytest.raises(UserError, match="cannot read"):
         data.Tokens(folder, "train", 8)
+    with pytest.raises(UserError, match="train.bin is missing"):
+        data.verified(folder)
     (folder / "meta.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         data.Tokens(folder, "train", 8)

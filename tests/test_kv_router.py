@@ -7,7 +7,8 @@ from statistics import NormalDist
 import pytest
 from conftest import ROOT, acyclic_plans
 
-from kv_router import Plan, PlanError, Route, Shape, StochasticRouter, costs
+from costs import Shape, costs
+from kv_router import Plan, PlanError, Route, StochasticRouter, own
 
 
 def sources(spec: str, n_layer: int) -> str:
@@ -94,6 +95,13 @@ def test_spec_is_canonical():
     assert hash(Plan.parse("cla:2", 4)) == hash(Plan.parse("0_0_2_2", 4))
 
 
+@pytest.mark.parametrize("spec", ["yoco", "fusedkv", "fusedkv-lite"])
+@pytest.mark.parametrize("n_layer", [2, 3])
+def test_a_lower_half_of_one_layer_is_plain_sharing(spec, n_layer):
+    plan = Plan.parse(spec, n_layer)
+    assert plan.spec == "keep:0" and plan == Plan.parse("keep:0", n_layer)
+
+
 def test_what_is_stored():
     plan = Plan.parse("fusedkv-lite", 8)
     assert (
@@ -133,6 +141,19 @@ def test_bad_specs_say_what_and_how(spec, part):
         Plan.parse(spec, 4)
     assert repr(spec) in str(e.value) and part in str(e.value) and "for example" in str(e.value)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("spaces", [False, True])
+@pytest.mark.parametrize(
+    "text", ["0_", "k0v0_", "k0+1", "cla:1", "keep:0,", "9", "fusedkv", "x", "ä", "🎉", "\\", "'\"", "\x01"]
+)
+def test_errors_about_long_specs_are_short(text, spaces):
+    text += " " * spaces
+    spec = (text * 5000)[:5000]
+    with pytest.raises(PlanError) as e:
+        Plan.parse(spec, 4)
+    message = str(e.value)
+    assert len(message) < 400 and "for example" in message and repr(spec[:10])[1:-1] in message
 
 
 def test_halves_need_two_layers():
@@ -204,6 +225,19 @@ def test_router_without_chance():
             StochasticRouter(6, p)
 
 
+def test_the_rule_of_the_router_can_be_replaced():
+    def nearest_below(rng, base, p, step):
+        """Even steps share everything that can be, odd ones what the dice say."""
+        shared = [i > 0 and (step % 2 == 0 or rng.random() < p) for i in range(len(base))]
+        return [base[i - 1] if shared[i] else own(i) for i in range(len(base))]
+
+    router = StochasticRouter(6, 0.5, seed=1, base="shared-v", rule=nearest_below)
+    assert router.plan(4) == Plan.parse("0_k0v0_k1v0_k2v0_k3v0_k4v0", 6)
+    assert router.plan(3) == router.plan(3) and len({router.plan(step) for step in range(1, 40, 2)}) > 5
+    reads_above = StochasticRouter(3, 0.5, rule=lambda rng, base, p, step: [base[2], base[1], base[2]])
+    assert reads_above.plan(0) == Plan.parse("2_1_2", 3)
+
+
 def test_costs_of_a_plan_worked_by_hand():
     shape = Shape(vocab_size=100, n_layer=4, n_head=2, n_kv_head=1, n_embd=8, n_hidden=16)  # head_dim 4
     full, fused = (costs(Plan.parse(spec, 4), shape, context=10) for spec in ("full", "fusedkv"))
@@ -226,7 +260,7 @@ def test_costs_of_a_plan_worked_by_hand():
 
 
 def test_importing_plans_needs_no_tensors():
-    code = "import sys, kv_router; print('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, kv_router, costs, cli; print('torch' in sys.modules or 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

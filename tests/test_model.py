@@ -9,7 +9,8 @@ from conftest import acyclic_plans, make_model
 
 import kernels
 import model as model_module
-from kv_router import Plan, PlanError, StochasticRouter, costs
+from costs import costs
+from kv_router import Plan, PlanError, StochasticRouter
 from model import GPT, GPTConfig, KVCache
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # float32, logits of order 10
@@ -163,7 +164,8 @@ def test_shifting_all_positions_changes_nothing(spec):
     model = make_model(spec, block_size=64)
     idx = tokens(1, 12)
     at_zero = model.logits(idx)
-    model.cos, model.sin = model.cos[31:], model.sin[31:]
+    rope = model.rope
+    model.rope = lambda positions: rope(positions + 31)
     torch.testing.assert_close(model.logits(idx), at_zero, **CLOSE)
 
 
@@ -175,8 +177,8 @@ def test_untied_key_gates_would_depend_on_position():
     x = [torch.randn(1, 2, 6, 8) for _ in range(3)]
 
     def scores(start, gates):
-        cos, sin = model.cos[start : start + 6], model.sin[start : start + 6]
-        q, *ks = (kernels.rotate(y, cos, sin) for y in x)
+        rope = model.rope(torch.arange(start, start + 6))
+        q, *ks = (kernels.rotate(y, *rope) for y in x)
         return q @ kernels.fuse(ks, gates).transpose(-1, -2)
 
     tied = torch.cat((gates[..., :4], gates[..., :4]), dim=-1)
@@ -307,7 +309,7 @@ def test_compiled_decode_equals_uncompiled_and_never_compiles_again():
         idx = tokens(B, 320)
         model = make_model(spec, block_size=320, qkv_bias=True, qk_norm=True)
         expected = model.generate(idx[:, :124], 140, temperature=0)
-        kernels.compile_decode(model)
+        kernels.compile_decoding(model)
         assert torch.equal(model.generate(idx[:, :124], 140, temperature=0), expected)
         cache = KVCache(model.config, model.plan, B, 320)
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -417,6 +419,38 @@ def test_context_limits():
         model(tokens(1, 5), cache=cache)
 
 
+@pytest.mark.parametrize("filled", [0, 3, 8])
+def test_stream_refuses_at_the_call_what_does_not_fit(filled):
+    """Whatever is in the cache already, before anything is computed."""
+    model = make_model(block_size=16)
+
+    def stream(max_len: int, T: int, n: int):
+        cache = KVCache(model.config, model.plan, 1, max_len)
+        if filled:
+            model(tokens(1, filled), cache=cache)
+        return cache, lambda: model.stream(tokens(1, T), n, temperature=0, cache=cache)
+
+    for max_len, T, n, fits in (
+        (32, 2, 14 - filled, True),  # of the context of 16
+        (32, 2, 15 - filled, False),
+        (32, 17 - filled, 0, False),
+        (12, 2, 11 - filled, True),  # of the cache of 12: the last new token is not fed back
+        (12, 2, 12 - filled, False),
+    ):
+        if n < 0:
+            continue
+        cache, call = stream(max_len, T, n)
+        if fits:
+            assert len(list(call())) == n
+        else:
+            with pytest.raises(ValueError, match=f"do not fit .* {min(max_len, 16)} "):
+                call()
+            assert cache.length == filled
+    for T in (0, 20):
+        with pytest.raises(ValueError, match=f"a prompt of {T} tokens and 2 new ones.* do not fit"):
+            stream(32, T, 2)[1]()
+
+
 def test_a_cache_belongs_to_its_plan():
     model = make_model()
     cache = KVCache(model.config, model.resolve("keep:0"), 1, 8)
@@ -436,11 +470,11 @@ def test_a_context_of_one_token():
 
 def test_bfloat16_weights_keep_exact_angles():
     model = make_model("fusedkv", block_size=4096)
-    cos = model.cos.clone()
-    idx = tokens(1, 8)
+    idx, positions = tokens(1, 8), torch.arange(4096)
     expected = model.logits(idx)
-    model.bfloat16()
-    assert model.cos.dtype == torch.float32 and torch.equal(model.cos, cos)
+    exact = model.rope(positions)
+    for rope in (model.bfloat16().rope(positions), make_model(block_size=4096).bfloat16().rope(positions)):
+        assert all(x.dtype == torch.float32 and torch.equal(x, y) for x, y in zip(rope, exact))
     error = (model.logits(idx).float() - expected).norm() / expected.norm()
     assert error < 0.05
     assert model.generate(idx, 4, temperature=0).shape == (1, 12)
@@ -457,6 +491,22 @@ def test_bfloat16_products_round_once(rows, bias):
     got = kernels.linear(x, w, b)
     exact = torch.nn.functional.linear(x.double(), w.double(), b.double() if bias else None)
     assert got.dtype == torch.bfloat16 and (got - exact).abs().max() < 2**-7 * exact.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", ["full", "fusedkv", "sandwich-top:2"])
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_a_model_built_on_the_meta_device_becomes_a_real_one(spec, tie_embeddings):
+    """As frameworks do that allocate a model where its weights will be, and load them then."""
+    model = make_model(spec, tie_embeddings=tie_embeddings)
+    with torch.device("meta"):
+        empty = GPT(model.config)
+    assert all(p.is_meta for p in empty.parameters())
+    empty.to_empty(device="cpu")
+    empty.load_state_dict(model.state_dict())
+    idx = tokens(2, 9)
+    torch.testing.assert_close(empty.logits(idx), model.logits(idx), rtol=0, atol=0)
+    assert torch.equal(empty.generate(idx, 9, temperature=0), model.generate(idx, 9, temperature=0))
 
 
 def test_bad_sizes():
@@ -477,7 +527,7 @@ def test_compiled_pieces_serve_every_plan():
     idx = tokens(2, 16)
     router = StochasticRouter(6, 0.5)
     expected = [model(idx, idx, plan=router.plan(s))[1].item() for s in range(200)]
-    kernels.compile_model(model)
+    kernels.compile_training(model)
     for s in range(4):
         model(idx, idx, plan=router.plan(s))[1].backward()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -491,15 +541,15 @@ def test_compiled_pieces_serve_every_plan():
 @torch.no_grad()
 @pytest.mark.parametrize("spec", ["full", "fusedkv", "sandwich-middle:2"])
 def test_steps_of_fixed_sizes_decode_the_same(spec):
-    """As a CUDA graph has them: the position comes from a tensor, all blocks are read and the rest masked."""
+    """As a CUDA graph has them: all blocks of the cache are read, and those not filled yet masked."""
     model = make_model(spec, block_size=400)
     idx = tokens(2, 120)
     expected = model.generate(idx, 20, temperature=0)
-    cache, position = KVCache(model.config, model.plan, 2, 400), torch.zeros(1, dtype=torch.long)
+    cache = KVCache(model.config, model.plan, 2, 400)
+    cache.fixed = True
     for _ in range(20):
         idx_next = model(idx if cache.length == 0 else idx[:, -1:], cache=cache)[0][:, -1].argmax(-1)
         idx = torch.cat((idx, idx_next[:, None]), dim=1)
-        cache.position = position.fill_(cache.length)
     assert torch.equal(idx, expected)
 
 
@@ -510,7 +560,7 @@ def test_cuda_graphs_decode_the_same(spec):
     model = make_model(spec, block_size=400).cuda()
     idx = tokens(2, 200).cuda()
     expected = model.generate(idx[:, :120], 30, temperature=0)
-    kernels.compile_decode(model)
+    kernels.compile_decoding(model)
     cache, graphs = KVCache(model.config, model.plan, 2, 400, device="cuda"), set()
     for length in (120, 60, 200, 120):  # the graph is recorded once and serves every prompt
         cache.length = 0

@@ -1,19 +1,28 @@
 """The scripts from end to end, on a small corpus and a model that trains in seconds."""
 
+import ast
+import graphlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
 
+import data
 import train
 from data import Tokens
+from kv_router import Plan, StochasticRouter
+from model import GPT
+from runs import load_checkpoint, load_run, window_losses
 
 SMALL = {
     "n_layer": 4, "n_embd": 32, "n_head": 4, "n_kv_head": 2, "block_size": 32, "batch_size": 8,
@@ -35,8 +44,6 @@ def read_log(out, key):
 @pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory):
     """A normal, a stochastic and a FusedKV run of 60 steps."""
-    import sys
-
     folder = tmp_path_factory.mktemp("out")
     runs = {"normal": {}, "stochastic": {"router_p": 0.5}, "fusedkv": {"plan": "fusedkv"}}
     argv = sys.argv
@@ -61,10 +68,10 @@ def test_a_run_learns_and_leaves_its_record(trained):
         assert json.loads((out / "config.json").read_text())["n_layer"] == 4
         info = json.loads((out / "run.json").read_text())
         assert info["dtype"] == "torch.float32" and info["command"].startswith("train.py --n_layer=4")
-        model, config = train.load_run(out)
+        model, config = load_run(out)
         assert info["parameters"] == sum(p.numel() for p in model.parameters())
         tokens = Tokens(f"{config.data_dir}/{config.dataset}", "val", 32)
-        again = train.window_losses(model, tokens, 16, 5).mean()
+        again = window_losses(model, tokens, 16, 5).mean()
         goal = read_log(out, "val_loss_routed") if name == "stochastic" else val
         best = min(goal, key=goal.get)  # best.pt is that step's, whatever the batch size
         assert again == pytest.approx(val[best], abs=1e-5)
@@ -74,7 +81,7 @@ def test_stochastic_runs_log_their_draws(trained):
     drawn = read_log(trained / "stochastic", "plans")
     plans = [plan for line in drawn.values() for plan in line]  # of every step, though lines are rarer
     assert len(drawn) == 20 and len(plans) == 60
-    router = train.StochasticRouter(4, 0.5, seed=0)
+    router = StochasticRouter(4, 0.5, seed=0)
     assert plans == [router.plan(step).spec for step in range(60)]
     assert not read_log(trained / "normal", "plans")
 
@@ -94,7 +101,7 @@ def test_resuming_continues_the_same_run(corpus, tmp_path, script, settings):
     script("train.py", *flags(corpus, whole, **settings))
 
     def stop_at_6(step, c, schedule=train.learning_rate):
-        if step == 6 and c.init_from == "scratch":
+        if step == 6:
             raise KeyboardInterrupt
         return schedule(step, c)
 
@@ -110,18 +117,18 @@ def test_resuming_continues_the_same_run(corpus, tmp_path, script, settings):
     assert a["best_val_loss"] == b["best_val_loss"]
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(corpus, tmp_path, script, monkeypatch):
-    import os
-    import signal
+def test_ctrl_c_saves_and_says_how_to_go_on(corpus, tmp_path, script):
+    out, pressed = tmp_path / "run", []
 
     def press_at_2(step, c, schedule=train.learning_rate):
-        if step == 2 and c.init_from == "scratch":
+        if step == 2 and not pressed:
+            pressed.append(step)
             os.kill(os.getpid(), signal.SIGINT)
         return schedule(step, c)
 
-    monkeypatch.setattr(train, "learning_rate", press_at_2)
-    out = tmp_path / "run"
-    status, text, _ = script("train.py", *flags(corpus, out))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "learning_rate", press_at_2)
+        status, text, _ = script("train.py", *flags(corpus, out))
     assert status == 130 and "saved after step 3; go on" in text
     assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == 3
     assert script("train.py", f"--out_dir={out}", "--init_from=resume")[0] == 0
@@ -179,7 +186,7 @@ def test_two_ranks_train_as_one(corpus, tmp_path, script, settings, sharded):
         expected, got = read_log(tmp_path / "flat", key), read_log(two, key)
         assert list(got) == list(expected)
         assert list(got.values()) == pytest.approx(list(expected.values()), abs=2e-5)
-    a, b = (train.load_checkpoint(folder / "ckpt.pt")["model"] for folder in (tmp_path / "flat", two))
+    a, b = (load_checkpoint(folder / "ckpt.pt")["model"] for folder in (tmp_path / "flat", two))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-4)
 
@@ -187,7 +194,7 @@ def test_two_ranks_train_as_one(corpus, tmp_path, script, settings, sharded):
 def test_settings_for_ranks(corpus, tmp_path, refused, monkeypatch):
     line = refused("train.py", *flags(corpus, tmp_path / "a"), "--shard")
     assert "--shard splits a model over several devices; start it with torchrun" in line
-    monkeypatch.setattr("train.RANKS", 3)
+    monkeypatch.setattr("parallel.RANKS", 3)
     line = refused("train.py", *flags(corpus, tmp_path / "a"))
     assert "--batch_size 8 cannot be divided among 3 ranks" in line
     assert not (tmp_path / "a").exists()
@@ -221,7 +228,8 @@ def test_settings_come_from_toml_and_flags_win(corpus, tmp_path, script, refused
     toml = tmp_path / "x.toml"
     toml.write_text("n_layer = 3\nlearning_rate = 1\nmax_iters = 2\n")
     given = [f for f in flags(corpus, tmp_path / "run") if not re.match("--(n_layer|max_iters)", f)]
-    assert script("train.py", toml, *given, "--max_iters=1", "--sample_interval=1")[0] == 0
+    status, text, _ = script("train.py", toml, *given, "--max_iters=1", "--sample_interval=1")
+    assert status == 0 and "\n  | " in text  # the sample of text
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["n_layer"], config["learning_rate"], config["max_iters"]) == (3, 1.0, 1)
     for text, part in (
@@ -249,7 +257,7 @@ def test_mistakes_get_one_line_and_leave_nothing(corpus, tmp_path, refused, trai
     assert "not a probability" in bad(router_p=1.5)
     assert "iterates or fuses" in bad(router_p=0.5, plan="fusedkv")
     assert "must be 1 or more" in bad(batch_size=0)
-    assert "must be 1 or more" in bad(n_layer=0)
+    assert "n_layer 0 is not valid; a model has 1 to 1000 layers" in bad(n_layer=0)
     assert "not a multiple" in bad(n_head=3)
     assert "invalid int value: 'x'" in bad(n_layer="x")
     assert "neither true nor false" in bad(compile="maybe")
@@ -294,7 +302,7 @@ def test_a_changed_corpus_is_noticed(corpus, tmp_path, script, refused):
     ]
     assert script("train.py", *given)[0] == 0
     texts = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
-    train.data.prepare(mine, lambda: texts, "bpe:512", "other text")
+    data.prepare(mine, lambda: texts, "bpe:512", "other text")
     more = ("--init_from=resume", "--max_iters=4", f"--out_dir={out}")
     assert "is not the corpus that" in refused("train.py", *more)
     assert "is not the corpus that" in refused("sweep.py", "--out_dir", out)
@@ -313,6 +321,78 @@ def test_a_loss_gone_bad_stops_the_run(corpus, tmp_path, refused):
     out = tmp_path / "run"
     line = refused("train.py", *flags(corpus, out, learning_rate=1e12, grad_clip=0, max_iters=40))
     assert re.search(r"the loss became (nan|inf) by step \d+; .* lower --learning_rate", line)
+
+
+def test_a_run_gone_bad_continues_with_a_lower_learning_rate(corpus, tmp_path, script, refused):
+    """What the error advises can be done, and the steps that went bad leave no trace."""
+    out, twin = tmp_path / "run", tmp_path / "twin"
+    assert script("train.py", *flags(corpus, out, max_iters=6, grad_clip=0))[0] == 0
+    shutil.copytree(out, twin)
+    resume = ("train.py", "--init_from=resume", "--max_iters=12", "--eval_interval=3")
+    line = refused(*resume, f"--out_dir={out}", "--learning_rate=1e12", "--min_lr=1e12")
+    assert re.search(r" became (nan|inf)", line)
+    assert f"the last good checkpoint is {out / 'ckpt.pt'} of step 6; lower --learning_rate" in line
+    line = refused(*resume, f"--out_dir={out}", "--learning_rate=1e-4")
+    assert "--min_lr 0.0003 is above --learning_rate 0.0001; lower it too" in line
+    for folder in (out, twin):
+        lower = ("--learning_rate=1e-3", "--min_lr=1e-4", f"--out_dir={folder}")
+        status, text, _ = script(*resume, *lower)
+        assert status == 0 and "resumed after step 6" in text
+        assert "--learning_rate 0.001 in place of 0.003 from here on" in text
+        assert "--min_lr 0.0001 in place of 0.0003 from here on" in text
+    rates = read_log(out, "lr")
+    assert list(rates) == list(range(1, 13)) and rates[2] > 1.9e-3 > 1e-3 > rates[7] > rates[12] > 1e-4
+    for key in ("train_loss", "val_loss", "lr"):
+        assert read_log(out, key) == read_log(twin, key)
+    a, b = (load_checkpoint(folder / "ckpt.pt") for folder in (out, twin))
+    assert a["step"] == 12 and all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    assert json.loads((out / "config.json").read_text())["learning_rate"] == 1e-3
+
+
+def test_a_resumed_run_keeps_what_it_started_from(corpus, tmp_path, script):
+    pytest.importorskip("safetensors")
+    script("train.py", *flags(corpus, tmp_path / "scratch", max_iters=2))
+    script("hf.py", tmp_path / "scratch", tmp_path / "folder")
+    sizes = ("n_layer", "n_embd", "n_head", "n_kv_head")
+    given = flags(corpus, tmp_path / "tuned", init_from=f"hf:{tmp_path / 'folder'}", max_iters=2)
+    assert (
+        script("train.py", *(f for f in given if not f.startswith(tuple(f"--{s}=" for s in sizes))))[0] == 0
+    )
+    for name, started in (("scratch", "scratch"), ("tuned", f"hf:{tmp_path / 'folder'}")):
+        out = tmp_path / name
+        assert script("train.py", f"--out_dir={out}", "--init_from=resume", "--max_iters=4")[0] == 0
+        assert json.loads((out / "config.json").read_text())["init_from"] == started
+        assert (
+            load_run(out)[1].init_from == load_checkpoint(out / "ckpt.pt")["config"]["init_from"] == started
+        )
+
+
+def test_speed_in_the_log_is_of_recent_steps(corpus, tmp_path, script, monkeypatch):
+    """A slow first step, as when kernels are compiled, is soon forgotten."""
+
+    def slow_at_0(step, c, schedule=train.learning_rate):
+        time.sleep(1.5 if step == 0 else 0)
+        return schedule(step, c)
+
+    monkeypatch.setattr(train, "learning_rate", slow_at_0)
+    out = tmp_path / "run"
+    assert script("train.py", *flags(corpus, out))[0] == 0
+    speed, seconds = read_log(out, "tokens_per_s"), read_log(out, "time")
+    tokens_per_step = SMALL["batch_size"] * SMALL["block_size"]
+    assert speed[1] < tokens_per_step / 1.5
+    assert speed[12] > 2 * 12 * tokens_per_step / seconds[12]
+
+
+def test_a_file_system_without_locks(corpus, tmp_path, script, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def not_implemented(file, operation):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", not_implemented)
+    status, _, err = script("train.py", *flags(corpus, tmp_path / "run", max_iters=2))
+    assert status == 0 and list(read_log(tmp_path / "run", "train_loss")) == [1, 2]
+    assert len(err.splitlines()) == 1 and "cannot be locked" in err
 
 
 @pytest.mark.parametrize(
@@ -343,9 +423,9 @@ def test_sweep_scores_draws_and_overlays(trained, tmp_path, script, refused):
     assert normal["full"]["delta"] == 0 and normal["keep:0"]["delta_stderr"] > 0
     assert normal["keep:0"]["cache_bytes_per_token"] == normal["full"]["cache_bytes_per_token"] / 4
     # the paired error, computed again
-    model, config = train.load_run(trained / "normal")
+    model, config = load_run(trained / "normal")
     tokens = Tokens(f"{config.data_dir}/{config.dataset}", "val", 32)
-    a, b = (train.window_losses(model, tokens, 20, 7, model.resolve(plan)) for plan in ("keep:0", "full"))
+    a, b = (window_losses(model, tokens, 20, 7, model.resolve(plan)) for plan in ("keep:0", "full"))
     assert normal["keep:0"]["loss"] == pytest.approx(a.mean(), abs=1e-5)
     assert normal["keep:0"]["delta_stderr"] == pytest.approx((a - b).std(ddof=1) / 20**0.5, rel=1e-3)
     # by default the files go beside the runs
@@ -359,6 +439,23 @@ def test_sweep_scores_draws_and_overlays(trained, tmp_path, script, refused):
     assert "no checkpoint" in refused("sweep.py", "--out_dir", tmp_path / "none")
 
 
+def test_curves_of_runs(trained, corpus, tmp_path, script, refused):
+    runs = [trained / name for name in ("normal", "stochastic")]
+    status, out, _ = script("sweep.py", "--out_dir", *runs, "--curves", "--save_dir", tmp_path / "a")
+    assert status == 0 and f"wrote {tmp_path / 'a' / 'curves.png'}" in out
+    assert (tmp_path / "a" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert script("sweep.py", "--out_dir", *runs, "--curves")[0] == 0
+    assert (trained / "curves.png").exists()  # by default beside the runs
+    assert script("sweep.py", "--out_dir", runs[0], "--curves")[0] == 0
+    assert (runs[0] / "curves.png").exists()
+    assert f"{tmp_path} holds no log of a run" in refused(
+        "sweep.py", "--out_dir", runs[0], tmp_path, "--curves"
+    )
+    unevaluated = tmp_path / "unevaluated"  # but at step 0
+    script("train.py", *flags(corpus, unevaluated, max_iters=0))
+    assert script("sweep.py", "--out_dir", runs[0], unevaluated, "--curves", "--save_dir", tmp_path)[0] == 0
+
+
 @pytest.mark.parametrize("how", [[], ["--compile"]])
 def test_sample_streams_the_same_text_that_generate_gives(trained, tmp_path, script, how):
     out = trained / "stochastic"
@@ -369,8 +466,8 @@ def test_sample_streams_the_same_text_that_generate_gives(trained, tmp_path, scr
         "sample.py", *flags, *how, "--start", f"FILE:{prompt}", "--plan", "full", "--plan", "cla:2"
     )
     assert status == 0
-    model, _ = train.load_run(out)
-    enc = train.data.load_tokenizer(out)
+    model, _ = load_run(out)
+    enc = data.load_tokenizer(out)
     idx = torch.tensor([enc.encode_ordinary("def main")])
     for plan, ratio in (("full", "100.0%"), ("cla:2", "50.0%")):
         ids = model.generate(idx, 20, temperature=0.8, top_k=50, plan=plan, seed=4)
@@ -383,16 +480,34 @@ def test_sample_streams_the_same_text_that_generate_gives(trained, tmp_path, scr
 def test_sample_does_not_break_characters(trained, script, monkeypatch):
     """Bytes of one character arrive as separate tokens; the stream must hold them back until it is whole."""
     out = trained / "normal"
-    enc = train.data.load_tokenizer(out)
+    enc = data.load_tokenizer(out)
     ids = enc.encode_ordinary("日本語 🎉")
     assert len(ids) > 4
 
     def stream(self, idx, n, **options):
         yield from (torch.tensor([[i]]) for i in ids)
 
-    monkeypatch.setattr(train.GPT, "stream", stream)
+    monkeypatch.setattr(GPT, "stream", stream)
     status, text, _ = script("sample.py", "--out_dir", out, "--device", "cpu", "--max_new_tokens", len(ids))
     assert status == 0 and "日本語 🎉" in text and "\ufffd" not in text
+
+
+def test_a_sample_ends_where_the_text_does(trained, tmp_path, script, monkeypatch):
+    """At the tokenizer's end of text and at a stop token of the model; with --ignore_eot it goes on."""
+    out, stop = tmp_path / "run", 7
+    shutil.copytree(trained / "normal", out)
+    checkpoint = load_checkpoint(out / "best.pt")
+    checkpoint["model_config"]["stop_tokens"] = [stop]
+    torch.save(checkpoint, out / "best.pt")
+    enc = data.load_tokenizer(out)
+    for end in (enc.eot_token, stop):
+        ids = [*enc.encode_ordinary("alpha"), end, *enc.encode_ordinary("omega")]
+        monkeypatch.setattr(GPT, "stream", lambda *a, ids=ids, **k: (torch.tensor([[i]]) for i in ids))
+        args = ("--out_dir", out, "--device", "cpu", "--max_new_tokens", len(ids))
+        status, text, _ = script("sample.py", *args)
+        assert status == 0 and "alpha" in text and "omega" not in text and "<|" not in text
+        status, text, _ = script("sample.py", *args, "--ignore_eot")
+        assert status == 0 and "alpha" in text and "omega" in text
 
 
 def test_sample_mistakes(trained, tmp_path, refused):
@@ -418,29 +533,29 @@ def test_search_finds_plans_and_auto_takes_them(trained, tmp_path, script, refus
     )
     assert "built for 'fusedkv'" in refused("sweep.py", "--out_dir", trained / "fusedkv", "--search")
     assert script("sweep.py", "--out_dir", out, "--search", "--windows", 16)[0] == 0
-    bare = tmp_path / Path(train.load_run(out)[1].dataset)
-    shutil.copytree(Path(train.load_run(out)[1].data_dir) / bare.name, bare)
+    bare = tmp_path / Path(load_run(out)[1].dataset)
+    shutil.copytree(Path(load_run(out)[1].data_dir) / bare.name, bare)
     (bare / "train.bin").unlink()
     assert "train.bin" in refused("sweep.py", "--out_dir", out, "--search", "--data_dir", tmp_path)
     rows = [json.loads(line) for line in (out / "search.jsonl").read_text().splitlines()]
     ratios = [r["cache_ratio"] for r in rows]
     assert ratios == [n / 8 for n in range(8, 1, -1)]  # one tensor a step, from 4 K and 4 V to one of each
-    model, config = train.load_run(out)
+    model, config = load_run(out)
     tokens = Tokens(f"{config.data_dir}/{config.dataset}", "train", 32)
     for a, b in zip(rows, rows[1:]):
-        old, new = (train.Plan.parse(r["plan"], 4) for r in (a, b))
+        old, new = (Plan.parse(r["plan"], 4) for r in (a, b))
         assert set(new.k_layers) <= set(old.k_layers) and set(new.v_layers) <= set(old.v_layers)
-        loss = train.window_losses(model, tokens, 4, 4, new).mean()
+        loss = window_losses(model, tokens, 4, 4, new).mean()
         assert b["calibration_loss"] == pytest.approx(loss, abs=1e-4)
     # the first drop is the best of all there are
     full, options = model.plan, []
     for kind in "kv":
         for layer in range(1, 4):
             for source in range(layer):
-                routes = [train.asdict(r) for r in full.routes]
-                routes[layer][kind] = (source,)
-                options.append(train.Plan(tuple(type(full[0])(**r) for r in routes)))
-    losses = {p: train.window_losses(model, tokens, 4, 4, p).mean() for p in options}
+                routes = list(full.routes)
+                routes[layer] = replace(routes[layer], **{kind: (source,)})
+                options.append(Plan(tuple(routes)))
+    losses = {p: window_losses(model, tokens, 4, 4, p).mean() for p in options}
     nearest = [p for p in options if all(i - min(r.k + r.v) <= 1 for i, r in enumerate(p.routes))]
     assert rows[1]["calibration_loss"] <= min(losses[p] for p in nearest) + 1e-5
     status, text, _ = script("sample.py", "--out_dir", out, "--plan", "auto:0.5", "--max_new_tokens", 4)
@@ -459,7 +574,7 @@ def test_fine_tuning_and_conversion_start_from_a_folder(trained, corpus, tmp_pat
     pytest.importorskip("safetensors")
     folder = tmp_path / "folder"
     assert script("hf.py", trained / "normal", folder)[0] == 0
-    before, _ = train.load_run(trained / "normal")
+    before, _ = load_run(trained / "normal")
     init = [
         f"--data_dir={corpus.parent}",
         f"--dataset={corpus.name}",
@@ -472,11 +587,11 @@ def test_fine_tuning_and_conversion_start_from_a_folder(trained, corpus, tmp_pat
         out = tmp_path / plan
         assert script("train.py", *init, f"--plan={plan}", "--max_iters=0", f"--out_dir={out}")[0] == 0
         losses[plan] = read_log(out, "val_loss")[0]
-        model, config = train.load_run(out)
+        model, config = load_run(out)
         assert model.plan.spec == plan and config.n_layer == 4
     assert losses["full"] == pytest.approx(min(read_log(trained / "normal", "val_loss").values()), abs=1e-4)
     assert losses["fusedkv"] != losses["fusedkv-lite"]
-    gate = train.load_run(tmp_path / "fusedkv")[0].blocks[3].attn.v_gate
+    gate = load_run(tmp_path / "fusedkv")[0].blocks[3].attn.v_gate
     assert ((gate != 0) & (gate != 1)).all()  # fitted
     tuned = tmp_path / "tuned"
     flags = [
@@ -494,7 +609,7 @@ def test_fine_tuning_and_conversion_start_from_a_folder(trained, corpus, tmp_pat
     assert "is not valid; it is scratch, resume or hf:FOLDER" in refused("train.py", "--init_from=gpt2")
     assert "cannot read" in refused("train.py", f"--init_from=hf:{tmp_path}", f"--out_dir={tmp_path / 'x'}")
     big = tmp_path / "data" / "big"
-    train.data.prepare(big, lambda: [path.read_text() for path in [Path(__file__)]], "bpe:600", "this file")
+    data.prepare(big, lambda: [path.read_text() for path in [Path(__file__)]], "bpe:600", "this file")
     more = ("--dataset=big", f"--data_dir={big.parent}", "--block_size=32")
     assert "a vocabulary of 600" in refused("train.py", *other, *more)
 
@@ -517,7 +632,7 @@ def test_a_tokenizer_json_serves_data_training_and_sampling(corpus, tmp_path, sc
         tmp_path / "tokenizer.json",
     )
     assert script("data.py", *into)[0] == 0
-    enc = train.data.load_tokenizer(tmp_path / "x")
+    enc = data.load_tokenizer(tmp_path / "x")
     sample = "the cat — 日本 🎉\n\tx"
     assert (
         enc.decode(enc.encode_ordinary(sample)) == sample == enc.tokenizer.decode(enc.encode_ordinary(sample))
@@ -527,3 +642,72 @@ def test_a_tokenizer_json_serves_data_training_and_sampling(corpus, tmp_path, sc
     given = [f for f in flags(corpus, out, max_iters=2) if "data" not in f and "out_dir" not in f]
     assert script("train.py", *given, *data_flags)[0] == 0
     assert script("sample.py", "--out_dir", out, "--start", "the cat", "--max_new_tokens", 5)[0] == 0
+
+
+# --- what imports what, and what a machine must have ------------------------------------------------------
+
+
+def imports(path: Path) -> set[str]:
+    """The modules that a file imports, at its top or inside a function, by the first part of their names."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def test_imports_have_no_cycle_and_none_of_the_lab():
+    files = {path.stem: path for path in ROOT.glob("*.py")}
+    graph = {name: imports(path) & set(files) for name, path in files.items()}
+    assert graph["kv_router"] == set() and {"train", "sample", "sweep"} <= set(graph)
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+    assert not [name for name, path in files.items() if "lab" in imports(path)]
+
+
+def python(code: str, *args, cwd: Path) -> str:
+    """What a new process prints that runs `code` with the project on its path."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("script", ["sample", "train"])
+def test_scripts_load_only_what_they_need(script, tmp_path):
+    code = f"import {script}, sys; unwanted = {{'matplotlib', 'lm_eval', 'pyarrow', 'datasets'}}; "
+    code += "print(sorted(unwanted & set(sys.modules)))"
+    assert python(code, cwd=tmp_path).splitlines() == ["[]"]
+
+
+WITHOUT_UNIX = """
+import os, sys
+import matplotlib.pyplot, numpy, tiktoken, torch  # they may use on this machine what the project may not
+import torch.distributed.device_mesh, torch.distributed.fsdp, torch.distributed.tensor
+for name in ("fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"):
+    sys.modules[name] = None
+for name in ("O_NOFOLLOW", "O_DIRECTORY", "fork", "getuid", "sysconf"):
+    delattr(os, name)
+import data, sample, sweep, train
+for command in sys.argv[1].split(";"):
+    sys.argv = command.split()
+    {"data.py": data, "sample.py": sample, "sweep.py": sweep, "train.py": train}[sys.argv[0]].main()
+"""
+
+
+def test_the_scripts_run_without_what_only_unix_has(corpus, tmp_path):
+    (tmp_path / "text.txt").write_text("some words in a row\n" * 300)
+    small = ["--n_layer=2", "--n_embd=16", "--n_head=2", "--n_kv_head=1", "--block_size=16", "--batch_size=4"]
+    small += ["--eval_iters=1", "--max_iters=2", "--device=cpu", "--dataset=own", "--out_dir=run"]
+    commands = [
+        "data.py --input text.txt --name own --tokenizer bpe:300",
+        " ".join(["train.py", *small]),
+        "train.py --out_dir=run --init_from=resume --max_iters=3",
+        "sample.py --out_dir run --max_new_tokens 4 --device cpu",
+        "sweep.py --out_dir run --windows 2 --device cpu",
+    ]
+    output = python(WITHOUT_UNIX, ";".join(commands), cwd=tmp_path)
+    assert output.count("cannot be locked") == 2 and "best val" in output and "first token after" in output
+    assert (tmp_path / "run" / "cache_vs_loss.png").exists()

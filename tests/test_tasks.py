@@ -1,4 +1,4 @@
-"""sweep.py --tasks: lm-eval's numbers against a slow, obvious reference, on tasks defined by local files."""
+"""lab.tasks: lm-eval's numbers against a slow, obvious reference, on tasks defined by local files."""
 
 import json
 import random
@@ -12,10 +12,14 @@ from conftest import make_model
 from test_train import flags
 
 import data
+import kernels
 import sweep
 import train
+from cli import UserError
 from hf import save_hf
 from kv_router import Plan
+from lab import tasks
+from runs import load_run
 
 pytest.importorskip("lm_eval")
 
@@ -118,15 +122,15 @@ def test_log_likelihoods_of_choices(run, questions, plan, monkeypatch):
     whole = [pair if pair[0].strip() else ("", "".join(pair)) for pair in pairs]
     expected = [reference(model, enc, plan, *pair) for pair in whole]
     for batch_size, at_once in ((4, 1000), (64, 1 << 24)):
-        monkeypatch.setitem(sweep.kernels.LOGITS, "cpu", at_once)
-        lm = sweep.task_model(model, enc, model.resolve(plan), batch_size)
+        monkeypatch.setitem(kernels.LOGITS, "cpu", at_once)
+        lm = tasks.task_model(model, enc, model.resolve(plan), batch_size)
         values, greedy = zip(*lm.loglikelihood(requests(*pairs)))
         assert values == pytest.approx([value for value, _ in expected], rel=1e-4, abs=1e-4)
         assert greedy == tuple(best for _, best in expected)
     best = model.generate(torch.tensor([[1, 2]]), 5, temperature=0, plan=plan, exact_prefill=True)[0].tolist()
     pairs = [(best[:2], best[2:]), (best[:2], [*best[2:6], (best[6] + 1) % 512])]
-    assert [x for _, x in sweep.continuations(model, model.resolve(plan), pairs, 4)] == [True, False]
-    with pytest.raises(sweep.UserError, match="a continuation of .* scores 1 to 32"):
+    assert [x for _, x in tasks.continuations(model, model.resolve(plan), pairs, 4)] == [True, False]
+    with pytest.raises(UserError, match="a continuation of .* scores 1 to 32"):
         lm.loglikelihood(requests(("def", TEXT)))
 
 
@@ -134,7 +138,7 @@ def test_one_input_answers_all_choices_of_one_token(monkeypatch):
     model, rows = make_model(), []
     hidden = model.hidden
     monkeypatch.setattr(model, "hidden", lambda idx, *a, **kw: rows.extend(idx) or hidden(idx, *a, **kw))
-    sweep.continuations(model, model.plan, [([1, 2, 3], [i]) for i in range(4)], batch_size=16)
+    tasks.continuations(model, model.plan, [([1, 2, 3], [i]) for i in range(4)], batch_size=16)
     assert len(rows) == 1
 
 
@@ -145,7 +149,7 @@ def test_rolling_predicts_every_token_once(run, plan):
     ids = enc.encode_ordinary(TEXT)
     assert len(ids) > 64 and len(ids) % 32
     short = enc.decode(ids[:20])
-    lm = sweep.task_model(model, enc, model.resolve(plan), 3)
+    lm = tasks.task_model(model, enc, model.resolve(plan), 3)
     values = lm.loglikelihood_rolling(requests((TEXT,), (short,), ("",)))
     for value, string in zip(values, (TEXT, short, "")):
         ids = enc.encode_ordinary(string)
@@ -164,7 +168,7 @@ def test_generation_stops_where_asked(run, plan):
     enc, model = data.load_tokenizer(run), make_model(vocab_size=512)
     text = greedy_text(model, enc, plan, "def main", 12)
     stop = text[len(text) // 2 :][:2]
-    lm = sweep.task_model(model, enc, model.resolve(plan), 4)
+    lm = tasks.task_model(model, enc, model.resolve(plan), 4)
     long = enc.decode(enc.encode_ordinary(TEXT)[-28:])  # 4 of its tokens' places are needed
     asked = [
         ("def main", {"max_gen_toks": 12}),
@@ -177,7 +181,7 @@ def test_generation_stops_where_asked(run, plan):
     assert lm.generate_until(requests(*asked)) == expected
     [half] = lm.generate_until(requests(("def main", {"max_gen_toks": 1000})))
     assert half.startswith(text) and half == greedy_text(model, enc, plan, "def main", 16)
-    with pytest.raises(sweep.UserError, match="greedily"):
+    with pytest.raises(UserError, match="greedily"):
         lm.generate_until(requests(("def", {"do_sample": True})))
 
 
@@ -186,7 +190,7 @@ def test_tasks_of_local_files_score_runs_and_folders(run, questions, task_dir, t
     pytest.importorskip("safetensors")
     assert script("hf.py", run, tmp_path / "folder")[0] == 0
     names = ("--tasks", "quiz", "prose", "write", "--task_dir", task_dir)
-    command = ("sweep.py", "--out_dir", run, f"hf:{tmp_path / 'folder'}", *names, "--save_dir", tmp_path)
+    command = ("lab/tasks.py", "--out_dir", run, f"hf:{tmp_path / 'folder'}", *names, "--save_dir", tmp_path)
     status, out, err = script(*command, "--plans", "full", "keep:0", "--batch_size", 5, "--device", "cpu")
     assert status == 0, err
     rows = [json.loads(line) for line in (tmp_path / "tasks.jsonl").read_text().splitlines()]
@@ -195,7 +199,7 @@ def test_tasks_of_local_files_score_runs_and_folders(run, questions, task_dir, t
     }
     values = {(r["run"], r["plan"], r["task"], r["metric"]): r["value"] for r in rows}
     assert len(values) == len(rows) == 2 * 2 * 4 and {r["n"] for r in rows} == {8}
-    model, enc = train.load_run(run)[0], data.load_tokenizer(run)
+    model, enc = load_run(run)[0], data.load_tokenizer(run)
     for plan in ("full", "keep:0"):
         right = []
         for q in questions:
@@ -217,7 +221,7 @@ def test_limits_searched_plans_and_default_plans(run, task_dir, script):
         '{"plan": "cla:2", "cache_ratio": 0.5, "calibration_loss": 3.0}\n'
         '{"plan": "keep:0", "cache_ratio": 0.25, "calibration_loss": 2.0}\n'
     )
-    command = ("sweep.py", "--out_dir", run, "--tasks", "quiz", "--task_dir", task_dir, "--limit", 3)
+    command = ("lab/tasks.py", "--out_dir", run, "--tasks", "quiz", "--task_dir", task_dir, "--limit", 3)
     assert script(*command, "--plans", "auto:0.5")[0] == 0
     rows = [json.loads(line) for line in (run / "tasks.jsonl").read_text().splitlines()]
     assert {r["plan"] for r in rows} == {"full", "keep:0"} and {r["n"] for r in rows} == {3}
@@ -228,7 +232,7 @@ def test_limits_searched_plans_and_default_plans(run, task_dir, script):
 
 def test_groups_show_their_mean_and_keep_their_parts(run, task_dir, script):
     (task_dir / "all.yaml").write_text("group: both\ntask: [quiz]\naggregate_metric_list: [{metric: acc}]\n")
-    status, out, err = script("sweep.py", "--out_dir", run, "--tasks", "both", "--task_dir", task_dir)
+    status, out, err = script("lab/tasks.py", "--out_dir", run, "--tasks", "both", "--task_dir", task_dir)
     assert status == 0 and " both " in out and " quiz " not in out, err
     rows = [json.loads(line) for line in (run / "tasks.jsonl").read_text().splitlines()]
     assert {r["task"] for r in rows} == {"both", "quiz"}
@@ -247,10 +251,10 @@ def test_a_folder_with_a_tokenizer_json(run, tmp_path, refused):
             single=f"{first}$A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
         )
         tokenizer.save(str(tmp_path / "tokenizer.json"))
-        runs, encs = sweep.load_beside_tokenizers([str(run), f"hf:{tmp_path}"], "cpu")
+        runs, encs = tasks.load_with_tokenizers([str(run), f"hf:{tmp_path}"], "cpu")
         assert list(runs) == ["run", tmp_path.name]
         model = runs[tmp_path.name]
-        lm = sweep.task_model(model, encs[tmp_path.name], model.plan, 4)
+        lm = tasks.task_model(model, encs[tmp_path.name], model.plan, 4)
         pairs = [("def main", " Parser"), ("", "def main"), (TEXT[:150], " = x")]
         for (context, continuation), (value, _) in zip(pairs, lm.loglikelihood(requests(*pairs))):
             ids, asked = tokenizer.encode(context + continuation).ids, tokenizer.encode(context).ids
@@ -265,27 +269,25 @@ def test_a_folder_with_a_tokenizer_json(run, tmp_path, refused):
         assert text == encs[tmp_path.name].decode(new)
     save_hf(make_model(vocab_size=61), tmp_path)
     assert "more tokens than its model" in refused(
-        "sweep.py", "--out_dir", f"hf:{tmp_path}", "--tasks", "quiz"
+        "lab/tasks.py", "--out_dir", f"hf:{tmp_path}", "--tasks", "quiz"
     )
-    assert "names two runs" in refused("sweep.py", "--out_dir", run, f"hf:{run}", "--tasks", "quiz")
+    assert "names two runs" in refused("lab/tasks.py", "--out_dir", run, f"hf:{run}", "--tasks", "quiz")
 
 
 def test_mistakes_get_one_line(run, task_dir, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(
         "lm_eval.tasks.manager.__file__", str(tmp_path / "none" / "x.py")
     )  # 14,000 yaml files
-    command = ("sweep.py", "--out_dir", run, "--task_dir", task_dir, "--tasks")
+    command = ("lab/tasks.py", "--out_dir", run, "--task_dir", task_dir, "--tasks")
     assert "no task 'quizz'; did you mean quiz?" in refused(*command, "quizz")
     text = (task_dir / "quiz.yaml").read_text()
     (task_dir / "lost.yaml").write_text(text.replace("quiz", "lost"))
     assert "--tasks lost: " in refused(*command, "lost")
     assert "is not a folder" in refused(*command[:3], "--task_dir", tmp_path / "no", "--tasks", "quiz")
-    assert "search first" in refused(*command, "quiz", "--search")
     assert "must be 1 or more" in refused(*command, "quiz", "--limit", 0)
     assert "no such plan" in refused(*command, "quiz", "--plans", "nope")
-    assert "need --tasks" in refused("sweep.py", "--out_dir", run, "--limit", 4)
-    assert "give --tasks" in refused("sweep.py", "--out_dir", f"hf:{run}")
-    assert "cannot read" in refused("sweep.py", "--out_dir", f"hf:{run / 'none'}", *command[3:], "quiz")
+    assert "required: --tasks" in refused("lab/tasks.py", "--out_dir", run)
+    assert "cannot read" in refused("lab/tasks.py", "--out_dir", f"hf:{run / 'none'}", *command[3:], "quiz")
     for name in ("lm_eval", "lm_eval.tasks"):
         monkeypatch.setitem(sys.modules, name, None)
     assert "pip install lm-eval" in refused(*command, "quiz")

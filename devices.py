@@ -1,0 +1,82 @@
+"""The device and the dtype that a script computes with, and why."""
+
+import math
+import os
+import time
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from cli import UserError, first_line
+
+
+def pick_device(name: str) -> str:
+    """The device that --device names, after trying it; `auto` takes the fastest there is."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name} is not available here ({first_line(e)}); use --device auto") from e
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)  # streams and events belong to the current device
+    return name
+
+
+def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
+    """The dtype of matrix products, and the reason for it."""
+    if name in ("float32", "bfloat16"):
+        return getattr(torch, name), "as asked"
+    if name != "auto":
+        raise UserError(f"dtype {name!r} is not valid; it is auto, float32 or bfloat16")
+    if device.startswith("cuda"):
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        what = torch.cuda.get_device_name(device)
+    else:
+        fast = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        what = f"this {device.upper()}"
+    if fast:
+        return torch.bfloat16, f"{what} has it"
+    return torch.float32, f"{what} has no fast bfloat16"
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
+def autocast(device: str | torch.device, dtype: torch.dtype):
+    """A context in which matrix products are computed in `dtype`."""
+    kind = str(device).split(":")[0]
+    return nullcontext() if dtype == torch.float32 else torch.autocast(kind, dtype)
+
+
+def to_device(x: Tensor, device: str) -> Tensor:
+    """A copy on the device. On a GPU it is made while the GPU still computes, from memory that stays put."""
+    if not device.startswith("cuda"):
+        return x.to(device)
+    return x.contiguous().pin_memory().to(device, non_blocking=True)
+
+
+def device_memory(device: str) -> int:
+    """Bytes of memory that the device has in all."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[1]
+    if not hasattr(os, "sysconf"):  # Windows
+        return 1 << 62
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def matmul_peak(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, the best of a few: what a training step could reach at most."""
+    n = 8192 if device.startswith("cuda") else 1024
+    repeats = 6 if device != "cpu" or dtype == torch.float32 else 2
+    x = torch.randn(n, n, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(repeats):
+        began = time.perf_counter()
+        x[0, 0] = (x @ x)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best

@@ -1,0 +1,82 @@
+"""The papers' claims in miniature. Runs that are done are not done again, and those that were stopped go on.
+
+python -m lab.studies cache          one study; its section goes into RESULTS.md
+python -m lab.studies all            every one of them (make results)
+python -m lab.studies train VARIANT config/demo.toml --out_dir=...     train.py with a variation
+"""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import cli
+import train
+from cli import Parser, UserError
+from lab.studies.report import CLAIMS, keep, markdown, write_results
+from lab.studies.variants import VARIANTS
+from lab.studies.workbench import Workbench
+
+STUDIES = {  # module -> title
+    "cache": "Cache against loss",
+    "price": "The price of flexibility",
+    "keys_values": "Keys and values are not alike",
+    "fusion": "FusedKV against the rest",
+    "regulariser": "A regulariser when data is short",
+    "framework": "The nine configurations",
+    "accuracy": "Accuracy by plan",
+}
+
+SETS = {
+    "cpu": Workbench(
+        "cpu",
+        Path("out/studies"),
+        "config/demo.toml --n_kv_head=4 --max_iters=600 --eval_interval=200 --dtype=float32".split(),
+        narrow="--n_embd=64", wide="--n_embd=192", n_layer=8, steps=600, jobs=os.cpu_count() or 1,
+    ),
+    "gpu": Workbench(
+        "gpu",
+        Path("out/studies-gpu"),
+        "config/demo.toml --n_embd=256 --n_kv_head=4 --batch_size=64 --max_iters=600 --warmup_iters=60 "
+        "--eval_interval=200 --eval_iters=2".split(),
+        narrow="--n_embd=128", wide="--n_embd=512", n_layer=8, steps=600, jobs=1,
+    ),
+}  # fmt: skip
+
+
+def train_variant() -> None:
+    name = sys.argv[2] if len(sys.argv) > 2 else ""
+    if name not in VARIANTS:
+        raise UserError(f"no variation {name!r}; valid are {', '.join(VARIANTS)}")
+    del sys.argv[1:3]
+    train.main(**VARIANTS[name])
+
+
+def main():
+    if sys.argv[1:2] == ["train"]:
+        train_variant()
+        return
+    parser = Parser(__doc__)
+    parser.add_argument("study", choices=[*STUDIES, "all"], help="which one to run")
+    parser.add_argument(
+        "--set", default="cpu", choices=SETS, help="sizes for two cores, or for one GPU [cpu]"
+    )
+    parser.add_argument("--jobs", type=int, help="runs at a time [cpu: one a core; gpu: one]")
+    args = parser.parse_args()
+    bench = SETS[args.set]
+    bench.jobs = bench.jobs if args.jobs is None else args.jobs
+    if bench.jobs < 1:
+        raise UserError(f"--jobs {bench.jobs} is not valid; it must be 1 or more")
+    for name in STUDIES if args.study == "all" else [args.study]:
+        print(f"--- {STUDIES[name]}", flush=True)
+        bench.used.clear()
+        section = importlib.import_module(f"lab.studies.{name}").study(bench)
+        keep(bench, name, section)
+        print(markdown(CLAIMS[1:], [claim.row() for claim in section.claims]), flush=True)
+    write_results(
+        bench, STUDIES, Path("RESULTS.md" if bench.name == "cpu" else f"RESULTS_{bench.name.upper()}.md")
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

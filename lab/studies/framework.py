@@ -1,0 +1,99 @@
+"""The nine configurations of the unified framework at half and a quarter of the cache: quality and speed."""
+
+import json
+import time
+from statistics import median
+
+import numpy as np
+
+from cli import replace_file
+from kv_router import Plan
+from lab.studies.report import Claim, Section, markdown, spread
+from lab.studies.workbench import Workbench, seeded
+from model import GPT
+from plots import picture
+
+NINE = [f"{a}-{b}" for a in ("pizza", "sandwich", "lasagna") for b in ("bottom", "middle", "top")]
+TURNS = 7
+
+
+def measure_times(bench: Workbench, runs: dict[str, str]) -> dict[str, list[float]]:
+    """Milliseconds of a training step, the first token and a further one, of models that take turns."""
+    models = {spec: bench.load(run)[0] for spec, run in runs.items()}
+    device = models["full"].embed.weight.device
+    _, tokens = bench.load(runs["full"])
+    x, y = (t.to(device) for t in next(tokens.held_out(4, 4)))
+    n = min(192, tokens.block_size * 3 // 4)
+
+    def measure(model: GPT) -> list[float]:
+        times = [time.perf_counter()]
+        model(x, y)[1].backward()
+        float(model.embed.weight.grad[0, 0])  # waits for a GPU
+        times.append(time.perf_counter())
+        for token in model.stream(x[:1, :n], min(33, tokens.block_size - n), temperature=0):
+            token.item()
+            times.append(time.perf_counter())
+        step, ttft = np.diff(times)[:2]
+        return [1e3 * t for t in (step, ttft, (times[-1] - times[2]) / (len(times) - 3))]
+
+    turns = [{spec: measure(model) for spec, model in models.items()} for _ in range(1 + TURNS)][1:]
+    return {spec: np.median([turn[spec] for turn in turns], axis=0).tolist() for spec in models}
+
+
+def study(bench: Workbench) -> Section:
+    n = bench.n_layer
+    shrink = {"full": 1} | {f"{name}:{n // x}": x for x in (2, 4) for name in NINE}
+    first = {}  # plan -> the first configuration that means it: some are one and the same
+    for spec in shrink:
+        first.setdefault(Plan.parse(spec, n), spec)
+    settings = {spec: "" if spec == "full" else f"--plan={spec}" for spec in first.values()}
+    bench.train(run for s in settings.values() for run in seeded(s))
+    path = bench.folder / "times.json"
+    if not path.exists():
+        times = measure_times(bench, {spec: seeded(s)[0] for spec, s in settings.items()})
+        replace_file(path, json.dumps(times).encode())
+    times = json.loads(path.read_text())
+
+    rows, losses = [], {}
+    full = bench.losses("")
+    for spec, x in shrink.items():
+        plan = Plan.parse(spec, n)
+        same = first[plan]
+        losses[spec], (step, ttft, tpot) = bench.losses(settings[same]), times[same]
+        above = spread(losses[spec] - full) if x > 1 else ""
+        note = ("cyclic" if plan.cyclic else "") if same == spec else f"the same plan as `{same}`"
+        row = [f"`{spec}`", f"{plan.cache_ratio:.0%}", spread(losses[spec]), above]
+        rows.append([*row, f"{step:.0f} ms", f"{ttft:.0f} ms", f"{1e3 / tpot:.0f}/s", note])
+    with picture(bench.pictures / "framework.png", columns=2, sharey=True) as axes:
+        columns = [("held-out loss, nats per token", {spec: x.mean() for spec, x in losses.items()})]
+        columns.append(("training step, ms", {spec: times[first[Plan.parse(spec, n)]][0] for spec in shrink}))
+        for ax, (label, values) in zip(axes, columns):
+            for x, marker, fill in ((2, "o", "black"), (4, "s", "white")):
+                points = [values[f"{name}:{n // x}"] for name in NINE]
+                ax.plot(points, range(9), marker, mec="black", mfc=fill, label=f"cache {x}x smaller")
+            ax.axvline(values["full"], color="black", linestyle="--", linewidth=1, label="full cache")
+            ax.set_xlabel(label)
+        axes[0].set_yticks(range(9), NINE)
+        axes[0].invert_yaxis()
+
+    claims = []
+    for name in NINE:
+        claims.append(
+            Claim(f"{name} at half the cache beats the full model", full - losses[f"{name}:{n // 2}"])
+        )
+    for kind in ("pizza", "sandwich", "lasagna"):
+        bottom = losses[f"{kind}-bottom:{n // 4}"]
+        for target in ("middle", "top"):
+            effect = bottom - losses[f"{kind}-{target}:{n // 4}"]
+            claims.append(
+                Claim(f"A quarter of the cache: {kind} is better with {target} than bottom", effect)
+            )
+    faster = median(times["full"][2] / times[first[Plan.parse(spec, n)]][2] - 1 for spec in shrink)
+    text = f"""Training with the passes that `train.py` has by default. Above full: paired by seed. Times are
+medians of {TURNS} repeats, all models taking turns: forward and backward of one batch, first token of a
+prompt of 192 tokens, greedy decoding of 32 more. The median configuration decodes {faster:+.0%} tokens/s.
+
+"""
+    header = ["plan", "cache", "loss", "above full", "training step", "first token", "decode", ""]
+    text += markdown(header, rows) + "\n![loss and training time](PICTURES/framework.png)\n"
+    return Section(claims, text)

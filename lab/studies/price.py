@@ -1,0 +1,94 @@
+"""The price of flexibility: what a stochastic model loses at the full cache, and which rule of drawing is
+cheapest."""
+
+from statistics import mean
+
+from lab.studies.cache import NORMAL, PAPER, SHARED
+from lab.studies.deploy import BUDGETS, PERCENT, deployed, even_plan
+from lab.studies.report import Claim, Section, markdown, spread
+from lab.studies.workbench import Workbench, seeded
+from plots import line, picture
+
+RULES = {  # of drawing -> settings, and what it is
+    "the paper's": (PAPER, "K and V of one lower layer, drawn evenly"),
+    "bottom-v": ("bottom-v --router_p=0.5", "K of a lower layer, then V of layer 0"),
+    "shared-v": ("--plan=shared-v --router_p=0.5", "V of layer 0 for all; K own or of a lower layer"),
+    "shared-v, p = 0.3": (SHARED, "`shared-v`, reading lower layers less often"),
+    "apart": ("apart --router_p=0.5", "K of a lower layer, V of layer 0, each with a chance of its own"),
+    "kept": ("kept --router_p=0.5", "a random set of layers is kept; the others read the nearest below"),
+    "kept-bottom-v": ("kept-bottom-v --router_p=0.5", "`kept`, but the others read V of layer 0"),
+    "alternate": ("alternate --router_p=0.5", "the paper's rule and the full plan in turn"),
+    "alternate-bottom-v": ("alternate-bottom-v --router_p=0.5", "`bottom-v` and the full plan in turn"),
+    "ramp": ("ramp --router_p=0.5", "the paper's, p growing from 0 over the first 200 draws"),
+    "distilled": (
+        "distilled --router_p=0.5",
+        "the paper's; the drawn plan learns what the full one predicts",
+    ),
+    "one plan a sequence": (
+        "--router_p=0.5 --batch_size=1 --gradient_accumulation_steps=4",
+        "the paper's, drawn for every sequence of a batch",
+    ),
+}
+
+
+def sizes(bench: Workbench) -> dict[str, dict[float, tuple[str, str]]]:
+    """What moves -> its values, each with the settings of a normal and a stochastic model."""
+    studies = {"p": {p: (NORMAL, f"--router_p={p}") for p in (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)}}
+    steps, layers = bench.steps, bench.n_layer
+    for what, flag, values in (
+        ("steps", "max_iters", (steps // 2, steps, 2 * steps)),
+        ("layers", "n_layer", (layers // 2, layers, layers * 3 // 2)),
+    ):
+        studies[what] = {}
+        for value in values:
+            flags = "" if value in (steps, layers) else f"--{flag}={value} "
+            studies[what][value] = (flags.strip(), flags + PAPER)
+    return studies
+
+
+def study(bench: Workbench) -> Section:
+    studies = sizes(bench)
+    pairs = [settings for values in studies.values() for pair in values.values() for settings in pair]
+    bench.train(run for settings in [NORMAL, *pairs] for run in seeded(settings))
+    bench.train(run for settings, _ in RULES.values() for run in seeded(settings))
+
+    text = "The price: how far a stochastic model is above a normal one at the full cache, paired by seed.\n"
+    with picture(bench.pictures / "price.png", columns=2) as axes:
+        for i, (what, values) in enumerate(studies.items()):
+            rows, prices = [], []
+            for value, (normal, stochastic) in values.items():
+                scarce = even_plan(value if what == "layers" else bench.n_layer, 0.125)
+                a, b = bench.losses(normal), bench.losses(stochastic)
+                rises = [bench.losses(s, scarce) - x for s, x in ((normal, a), (stochastic, b))]
+                rows.append([value, spread(a), spread(b), spread(b - a), *map(spread, rises)])
+                prices.append((b - a).mean())
+            header = [what, "normal", "stochastic", "price", "normal's rise at 12.5%", "stochastic's"]
+            text += "\n" + markdown(header, rows)
+            base = {"p": 0.5, "steps": bench.steps, "layers": bench.n_layer}[what]
+            line(axes[0], [value / base for value in values], prices, i, f"{what}, times {base}")
+        axes[0].set_xscale("log", base=2)
+        axes[0].set(xlabel="relative size", ylabel="price, nats per token")
+        losses, rows = {}, []
+        for i, (name, (settings, meaning)) in enumerate(RULES.items()):
+            run = seeded(settings)[0]
+            losses[name] = [bench.losses(settings, deployed(bench, run, share)) for share in BUDGETS]
+            average = mean(x.mean() for x in losses[name])
+            rows.append([f"`{name}`", *map(spread, losses[name]), f"{average:.3f}", meaning])
+            if i < 4:
+                line(axes[1], PERCENT, [x.mean() for x in losses[name]], i, name)
+        normal = bench.losses(NORMAL)
+        axes[1].axhline(normal.mean(), color="black", linewidth=0.8, label="normal, full cache")
+        axes[1].set(xlabel="cache at most", ylabel="held-out loss, nats per token")
+    text += f"""
+Rules of drawing, at p = 0.5 unless named, sorted by the mean over budgets. A normal model at the full cache
+has {spread(normal)}. Every model is deployed as suits it best, see `lab/studies/deploy.py`.
+
+"""
+    text += markdown(["rule", *PERCENT, "mean", ""], sorted(rows, key=lambda row: row[-2]))
+    papers, best = losses["the paper's"], losses["shared-v, p = 0.3"]
+    claims = [
+        Claim("The paper's rule has a price at the full cache", papers[0] - normal),
+        Claim("V of layer 0 for all is better, on average over the budgets", sum(papers) / 5 - sum(best) / 5),
+        Claim("Within half the cache it is below the normal model's full one", normal - best[2]),
+    ]
+    return Section(claims, text + "\n![the price, and rules of drawing](PICTURES/price.png)\n")

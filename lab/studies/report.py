@@ -1,0 +1,108 @@
+"""Claims, tables and pictures of RESULTS.md, which is written from the logs of runs alone."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+
+from cli import duration, replace_file
+from lab.studies.workbench import Workbench
+
+# Student's t: how many standard errors a mean of n values may be off, with a chance of 95%.
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
+
+
+@dataclass
+class Claim:
+    """What a paper claims, and what was measured. `effects` has one value per seed, positive where the
+    claim holds: differences of runs that saw the same batches. `verdict` is derived from their spread,
+    unless the study gives one."""
+
+    text: str
+    effects: Sequence[float]
+    unit: str = "nats"
+    verdict: str = ""
+
+    def row(self) -> list[str]:
+        effects = list(map(float, self.effects))
+        effect = f"{mean(effects):+.3f} {self.unit}"
+        if len(effects) == 1:
+            return [self.text, effect, "", "1", self.verdict or "one seed, no verdict"]
+        margin = T_95[len(effects)] * stdev(effects) / len(effects) ** 0.5
+        verdict = "did not appear"
+        if abs(mean(effects)) > margin:
+            verdict = "appeared" if mean(effects) > 0 else "opposite"
+        return [self.text, effect, f"± {margin:.3f}", str(len(effects)), self.verdict or verdict]
+
+
+@dataclass
+class Section:
+    """What a study says: its claims, and Markdown. PICTURES in it becomes the folder of the pictures."""
+
+    claims: list[Claim] = field(default_factory=list)
+    text: str = ""
+
+
+def spread(values: Iterable[float]) -> str:
+    """Mean and, of several values, their standard deviation."""
+    values = list(map(float, values))
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def provenance(bench: Workbench) -> str:
+    """Where the numbers of a section come from."""
+    runs = [json.loads((bench.path(run) / "run.json").read_text()) for run in bench.used]
+    spent = duration(sum(bench.log(run, "time")[1][-1] for run in bench.used))
+    commit, device, dtype, torch, python = (
+        ", ".join(sorted({str(run[key]).removeprefix("torch.") for run in runs}))
+        for key in ("commit", "device", "dtype", "torch", "python")
+    )
+    return (
+        f"{len(runs)} runs of {spent} in all, {bench.jobs} at a time; commit {commit}; {device}, {dtype}, "
+        f"torch {torch}, Python {python}."
+    )
+
+
+def keep(bench: Workbench, name: str, section: Section) -> None:
+    """Keep a study's section for `write_results`."""
+    claims = [claim.row() for claim in section.claims]
+    part = {"claims": claims, "text": section.text, "provenance": provenance(bench)}
+    replace_file(bench.folder / f"{name}.json", json.dumps(part).encode())
+
+
+CLAIMS = ["study", "claim", "effect", "95% interval", "seeds", "verdict"]
+
+
+def write_results(bench: Workbench, titles: dict[str, str], path: Path) -> None:
+    """RESULTS.md from the sections that are there."""
+    flags = "" if bench.name == "cpu" else f" --set {bench.name}"
+    parts = {name: bench.folder / f"{name}.json" for name in titles}
+    parts = {name: json.loads(part.read_text()) for name, part in parts.items() if part.exists()}
+    rows, sections = [], ""
+    for name, part in parts.items():
+        title = titles[name]
+        rows += [[f"[{title}](#{title.lower().replace(' ', '-')})", *row] for row in part["claims"]]
+        command = f"python -m lab.studies {name}{flags}"
+        sections += f"\n## {title}\n\n`{command}`: {part['provenance']}\n\n{part['text']}"
+    text = f"""# Results
+
+Written by `python -m lab.studies all{flags}` from the logs of its runs; no number is typed by hand. Every run
+is `python train.py {" ".join(bench.base)}` with what its table names set otherwise. Losses are nats per token
+on 64 held-out windows. These models are far smaller than the papers' and are trained for minutes: what
+appears here is the direction of an effect, not its size.
+
+A claim's effect is positive where the claim holds, and the mean over seeds of differences between runs that
+saw the same batches in the same order. It *appeared* if its 95% interval (Student's t over the seeds) lies
+above zero, is *opposite* if that lies below, and otherwise *did not appear* at this size.
+
+"""
+    text += markdown(CLAIMS, rows) + sections
+    replace_file(path, text.replace("PICTURES", bench.pictures.name).encode())
+    print(f"wrote {path}")

@@ -1,0 +1,158 @@
+"""The runs of all studies: trained where they are missing, and measured once."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+import data
+from cli import Pace, duration, replace_file
+from devices import pick_device
+from lab.studies.variants import VARIANTS
+from model import GPT
+from runs import load_run, window_losses
+
+SEEDS = 3
+
+
+@dataclass
+class Workbench:
+    """One set of runs: where they are, and the settings that they share. A run is named by the settings
+    that set it apart, "--plan=yoco --seed=1", after the name of a variation if it has one, "kept
+    --router_p=0.5 --seed=0"."""
+
+    name: str
+    folder: Path
+    base: list[str]
+    narrow: str  # settings of a narrower and of a wider model
+    wide: str
+    n_layer: int
+    steps: int
+    jobs: int = 1
+    used: list[str] = field(default_factory=list)  # the runs that the current study has asked for
+    loaded: tuple = ("", None)  # the run that `load` gave last
+    children: set = field(default_factory=set)  # trainings under way
+    stopped: int | None = None  # the exit status of the first that failed, or of a signal
+
+    @property
+    def pictures(self) -> Path:
+        return Path("results" if self.name == "cpu" else f"results_{self.name}")
+
+    def path(self, run: str) -> Path:
+        return self.folder / re.sub(r"[^\w.+]+", "-", run).strip("-")
+
+    # --- training ---
+
+    def train(self, runs: Iterable[str]) -> None:
+        """Train the runs that are not finished, `jobs` at a time. A run that was stopped is resumed. A signal
+        stops and saves them all, and ends the program."""
+        runs = list(dict.fromkeys(runs))
+        self.used += [run for run in runs if run not in self.used]
+        todo = [run for run in runs if not self.finished(run)]
+        if todo:
+            print(f"{len(todo)} runs to train, {self.jobs} at a time", flush=True)
+        pace, done = Pace(marks=2 * self.jobs + 1), []
+        pace.mark(time.monotonic(), 0)
+
+        def train_one(run: str) -> None:
+            if self.stopped is not None:
+                return
+            last = self.execute(self.command(run), run)
+            if self.stopped is not None:  # train.py has said why
+                print(last, flush=True)
+                return
+            replace_file(self.path(run) / "finished.json", json.dumps(self.base).encode())
+            done.append(run)
+            pace.mark(time.monotonic(), len(done))
+            left = duration((len(todo) - len(done)) / pace.rate)
+            print(f"[{len(done)} of {len(todo)}, about {left} left] {last}", flush=True)
+
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                list(pool.map(train_one, todo))
+            except KeyboardInterrupt:
+                self.stopped = 130
+                for child in self.children:
+                    child.send_signal(signal.SIGINT)
+        if self.stopped is not None:
+            sys.exit(self.stopped)
+
+    def execute(self, command: list[str], run: str) -> str:
+        """Run one training to its end. Returns what it printed last."""
+        # In a process group of its own: Ctrl-C reaches it through us, once, and it has time to save.
+        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0, env=environment)
+        self.children.add(child)
+        output, _ = child.communicate()
+        self.children.discard(child)
+        if child.returncode:
+            self.stopped = abs(child.returncode)
+        return (output.splitlines() or [""])[-1]
+
+    def finished(self, run: str) -> bool:
+        path = self.path(run) / "finished.json"
+        return path.exists() and json.loads(path.read_text()) == self.base
+
+    def command(self, run: str) -> list[str]:
+        words = run.split()
+        program = ["train.py"]
+        if words and words[0] in VARIANTS:
+            program = ["-m", "lab.studies", "train", words.pop(0)]
+        init = "resume" if any(self.path(run).glob("*.pt")) else "scratch"
+        own = [f"--out_dir={self.path(run)}", f"--init_from={init}"]
+        return [sys.executable, *program, *self.base, *words, *own]
+
+    # --- measuring ---
+
+    def load(self, run: str) -> tuple[GPT, data.Tokens]:
+        """A run's model, and held-out text of the corpus that it was trained on."""
+        if self.loaded[0] != run:
+            variant = VARIANTS.get(run.split()[0] if run else "", {})
+            model, config = load_run(self.path(run), pick_device("auto"), variant.get("model_class", GPT))
+            tokens = data.Tokens(Path(config.data_dir) / config.dataset, "val", config.block_size)
+            self.loaded = run, (model, tokens)
+        return self.loaded[1]
+
+    def log(self, run: str, key: str) -> tuple[list[int], list[float]]:
+        """The steps at which the run's log has `key`, and its values there."""
+        rows = map(json.loads, (self.path(run) / "log.jsonl").read_text().splitlines())
+        pairs = [(row["step"], row[key]) for row in rows if key in row]
+        return [step for step, _ in pairs], [value for _, value in pairs]
+
+    def measured(self, run: str, key: str, measure: Callable[[], Iterable[float]]) -> np.ndarray:
+        """What `measure` finds of a run. It is called once; the values are kept with the run."""
+        path = self.path(run) / "measured.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if key not in known:
+            known[key] = [round(float(x), 6) for x in measure()]
+            replace_file(path, json.dumps(known).encode())
+        return np.array(known[key])
+
+    def windows(self, run: str, plan: str = "", split: str = "val", n: int = 64) -> np.ndarray:
+        """The loss of each of n windows of a run under a plan, by default its own, in nats per token."""
+
+        def measure():
+            model, tokens = self.load(run)
+            tokens = data.Tokens(tokens.path.parent, split, tokens.block_size)
+            return window_losses(model, tokens, n, 16, model.resolve(plan or None))
+
+        return self.measured(run, f"loss {plan} {split} {n}", measure)
+
+    def losses(self, settings: str, plan: str = "", seeds: int | None = None) -> np.ndarray:
+        """The mean loss of every seed's run, (seeds,)."""
+        return np.array([self.windows(run, plan).mean() for run in seeded(settings, seeds)])
+
+
+def seeded(settings: str, seeds: int | None = None) -> list[str]:
+    """The runs of some settings, one a seed. Equal seeds see the same batches in the same order."""
+    return [f"{settings} --seed={seed}".strip() for seed in range(seeds or SEEDS)]

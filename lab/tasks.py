@@ -1,0 +1,316 @@
+"""Score the papers' own benchmarks through the package lm-eval, for runs and Hugging Face folders, under
+any plan.
+
+python -m lab.tasks --out_dir out/stochastic hf:FOLDER --tasks arc_easy hellaswag --plans full cla:2 auto:0.5
+python -m lab.tasks --out_dir out/stochastic --tasks mine --task_dir folder/of/yaml/files
+
+Every plan sees the same documents and the same few-shot examples. Results go to tasks.jsonl.
+"""
+
+import argparse
+import logging
+import os
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+import cli
+import data
+import kernels
+from cli import Parser, Progress, UserError, first_line, suggest, table, write_lines
+from devices import pick_device
+from hf import load_hf
+from kv_router import Plan
+from model import GPT
+from runs import load_run
+from sweep import around, auto_plan, choose, run_name
+
+# --- what lm-eval asks of a model -------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def continuations(
+    model: GPT,
+    plan: Plan,
+    pairs: list[tuple[list[int], list[int]]],
+    batch_size: int,
+    report: Callable[[float], None] = lambda share: None,
+) -> list[tuple[float, bool]]:
+    """For every pair of a context and a continuation, token ids, at least one each: the continuation's
+    log-likelihood in nats, and whether greedy decoding would give it. Contexts are cut from the left to fit
+    block_size; a continuation that does not fit raises UserError. Cyclic plans iterate until exact. `report`
+    hears which share is done.
+
+    Sequences of similar length run together, padded on the right, which causal attention never sees. The
+    (B, T, vocab) logits never exist, only those of some continuation positions at a time."""
+    room, device = model.config.block_size, model.embed.weight.device
+    by_input = defaultdict(list)  # input -> the pairs that it answers: choices of one token share theirs
+    for i, (context, continuation) in enumerate(pairs):
+        if not 0 < len(continuation) <= room:
+            raise UserError(
+                f"a task has a continuation of {len(continuation)} tokens, and this model scores 1 to {room}"
+            )
+        by_input[tuple((context + continuation)[-room - 1 : -1])].append(i)
+    inputs, results = sorted(by_input, key=len, reverse=True), [None] * len(pairs)
+    for start in range(0, len(inputs), batch_size):
+        report(start / len(inputs))
+        batch = inputs[start : start + batch_size]
+        idx = pad_sequence([torch.tensor(row) for row in batch], batch_first=True).to(device)  # (B, T)
+        x = model.hidden(idx, plan, passes=idx.size(1))  # (B, T, C)
+        asked = [(i, h[: len(row)]) for row, h in zip(batch, x) for i in by_input[row]]
+        sizes = [len(pairs[i][1]) for i, _ in asked]
+        ends = torch.cat([h[-n:] for n, (_, h) in zip(sizes, asked)])  # (N, C)
+        targets = torch.tensor([token for i, _ in asked for token in pairs[i][1]], device=device)  # (N,)
+        losses, hits, rows = [], [], kernels.rows_at_once(model.embed.weight)
+        for h, target in zip(ends.split(rows), targets.split(rows)):
+            logits = model.lm_head(model.norm(h)).float()
+            losses.append(F.cross_entropy(logits, target, reduction="none"))
+            hits.append(logits.argmax(-1) == target)
+        losses, hits = torch.cat(losses).cpu().split(sizes), torch.cat(hits).cpu().split(sizes)
+        for (i, _), loss, hit in zip(asked, losses, hits):
+            results[i] = -float(loss.sum()), bool(hit.all())
+    return results
+
+
+def greedy_text(model: GPT, plan: Plan, enc, prompt: list[int], n: int, stops: list[str]) -> str:
+    """A greedy continuation: up to the first of the stop strings, the end of text, or n tokens."""
+    idx = torch.tensor([prompt], device=model.embed.weight.device)
+    stream, text = data.TextStream(enc), ""
+    for token in model.stream(idx, n, temperature=0, plan=plan, exact_prefill=plan.cyclic):
+        if token.item() in (enc.eot_token, *model.config.stop_tokens):
+            break
+        text += stream(token.item())
+        if any(stop in text for stop in stops):
+            break
+    text += stream.rest()
+    return min((text.split(stop)[0] for stop in stops), key=len, default=text)
+
+
+def task_model(
+    model: GPT, enc, plan: Plan, batch_size: int, report: Callable[[float], None] = lambda _: None
+):
+    """`model` with its tokenizer under `plan`, as lm-eval wants models."""
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    room = model.config.block_size
+    start = getattr(enc, "start", [])  # Llama's BOS, in front of every text
+    empty = start or [enc.eot_token]  # the context of a text that has none
+
+    class TaskModel(TemplateLM):
+        eot_token_id, prefix_token_id = enc.eot_token, empty[0]
+
+        def tok_encode(self, string, add_special_tokens=True, **_):
+            return (start if add_special_tokens else []) + enc.encode_ordinary(string)
+
+        def loglikelihood(self, requests, disable_tqdm=True):
+            return super().loglikelihood(requests, disable_tqdm)
+
+        def _loglikelihood_tokens(self, requests, **_):
+            pairs = [(context or empty, continuation) for _, context, continuation in requests]
+            return continuations(model, plan, pairs, batch_size, report)
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=True):
+            """Every token of a text is predicted once, the first from what an empty context is, in windows of
+            block_size; as lm-eval defines it, the last window reaches back for a full context."""
+            pairs, owners, totals = [], [], [0.0] * len(requests)
+            for i, request in enumerate(requests):
+                ids = enc.encode_ordinary(request.args[0])
+                for window in get_rolling_token_windows(ids, empty[0], room, 1):
+                    pairs.append(make_disjoint_window(window))
+                    owners.append(i)
+            for i, (value, _) in zip(owners, continuations(model, plan, pairs, batch_size, report)):
+                totals[i] += value
+            return totals
+
+        def generate_until(self, requests, disable_tqdm=True):
+            """New text takes half the context at most; the end of the prompt fills the rest."""
+            texts = []
+            for done, (prompt, options) in enumerate(request.args for request in requests):
+                report(done / len(requests))
+                if options.get("do_sample"):
+                    raise UserError("a task asks for sampled text (do_sample), and this decodes greedily")
+                stops = options.get("until") or []
+                stops = [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop]
+                n = min(options.get("max_gen_toks", 256), room // 2)
+                ids = self.tok_encode(prompt)[n - room :] or empty
+                texts.append(greedy_text(model, plan, enc, ids, n, stops))
+            return texts
+
+    return TaskModel()
+
+
+# --- tasks ------------------------------------------------------------------------------------------------
+
+
+def load_tasks(names: list[str], task_dir: str | None = None) -> dict:
+    """lm-eval's tasks of these names, with the groups they form: from the yaml files below `task_dir` if all
+    are there, otherwise from its own too. UserError (one line) without lm-eval, for an unknown name and for a
+    task whose data are not available."""
+    try:
+        import datasets
+        import lm_eval.api.task
+        from lm_eval.tasks import TaskManager
+    except ImportError as e:
+        raise UserError("lab.tasks needs the package lm-eval: pip install lm-eval") from e
+    datasets.disable_progress_bars()
+    lm_eval.api.task.tqdm = lambda docs, **_: docs  # its bar for every plan and task
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default that it takes
+    if task_dir and not Path(task_dir).is_dir():
+        raise UserError(f"--task_dir {task_dir} is not a folder")
+    for builtin in (False, True) if task_dir else (True,):  # reading thousands of its own takes seconds
+        manager = TaskManager(include_path=task_dir, include_defaults=builtin)
+        unknown = [name for name in names if name not in manager.task_index]
+        if not unknown:
+            break
+    if unknown:
+        close = suggest(unknown[0], manager.all_tasks)
+        raise UserError(f"--tasks: lm-eval has no task {unknown[0]!r}{close} (lm-eval ls tasks lists all)")
+    try:
+        return manager.load(names)
+    except Exception as e:  # no network, no such file, a package that only this task needs
+        raise UserError(f"--tasks {' '.join(names)}: {first_line(e)}") from e
+
+
+def score_tasks(
+    runs: dict[str, GPT],
+    encs: dict,
+    tasks: dict,
+    todo: list[tuple[str, Plan]],
+    batch_size: int,
+    limit: int | None = None,
+) -> list[dict]:
+    """One row per run, plan, task (or group of tasks) and metric, over the first `limit` documents of
+    each."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+    from lm_eval.evaluator import evaluate
+
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork this process
+    progress, rows = Progress("scoring", len(todo)), []
+    for done, (name, plan) in enumerate(todo):
+
+        def report(share: float, done=done, note=f"{name} {plan.spec}"):
+            progress(done + share, note)
+
+        random.seed(DEFAULT_RANDOM_SEED)
+        np.random.seed(DEFAULT_OTHER_SEED)
+        for task in tasks["tasks"].values():
+            task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+        lm = task_model(runs[name], encs[name], plan, batch_size, report)
+        with redirect_stdout(sys.stderr):
+            found = evaluate(lm, tasks, limit=limit, bootstrap_iters=1000, log_samples=False)["results"]
+        about = {"run": name, "plan": plan.spec, "cache_ratio": plan.cache_ratio}
+        for task, values in found.items():
+            rows += [about | {"task": task} | row for row in metrics(values)]
+    progress(len(todo))
+    return rows
+
+
+def metrics(values: dict) -> list[dict]:
+    """The metrics among lm-eval's results of one task. Its keys are such as "acc,none": a metric, and how
+    answers are read."""
+    rows = []
+    for key, value in values.items():
+        metric, _, filtered = key.partition(",")
+        if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float | np.number):
+            continue
+        error = values.get(f"{metric}_stderr,{filtered}")
+        rows.append({
+            "metric": metric if filtered == "none" else key,
+            "value": float(value),
+            "stderr": float(error) if isinstance(error, float | np.number) else None,
+            "n": values["sample_len"],
+        })  # fmt: skip
+    return rows
+
+
+def task_table(rows: list[dict]) -> str:
+    full = {(r["run"], r["task"], r["metric"]): r["value"] for r in rows if r["plan"] == "full"}
+    lines = [["run", "plan", "task", "metric", "cache", "value", "above full"]]
+    for r in rows:
+        value = f"{r['value']:.4f}" + ("" if r["stderr"] is None else f" +- {r['stderr']:.4f}")
+        reference = full.get((r["run"], r["task"], r["metric"]))
+        above = "" if reference is None or r["plan"] == "full" else f"{r['value'] - reference:+.4f}"
+        lines.append([r["run"], r["plan"], r["task"], r["metric"], f"{r['cache_ratio']:.1%}", value, above])
+    return table(lines, left=4)
+
+
+# --- the command line -------------------------------------------------------------------------------------
+
+
+def load_with_tokenizers(folders: list[str], device: str) -> tuple[dict[str, GPT], dict]:
+    """The models and their tokenizers, both named by their folders: runs, or hf:FOLDER for Hugging Face's."""
+    runs, encs = {}, {}
+    for folder in folders:
+        name, path = run_name(folder, runs), Path(folder.removeprefix("hf:"))
+        if not folder.startswith("hf:"):
+            model, enc = load_run(path, device)[0], data.load_tokenizer(path)
+        else:
+            model, own = (
+                load_hf(path).to(device),
+                path / "tokenizer.tiktoken",
+            )  # which hf.py copies from a run
+            if own.exists():
+                enc = data.encoding(own.name, data.read_ranks(own))
+            else:
+                enc = data.JsonTokenizer(path / "tokenizer.json")
+        if enc.n_vocab > model.config.vocab_size:
+            raise UserError(f"the tokenizer in {path} has more tokens than its model; copy the right one")
+        runs[name], encs[name] = model, enc
+    return runs, encs
+
+
+def arguments() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--out_dir", nargs="+", required=True, metavar="RUN", help="runs, or hf:FOLDER with its tokenizer"
+    )
+    parser.add_argument("--tasks", nargs="+", required=True, metavar="NAME", help="lm-eval's tasks")
+    parser.add_argument(
+        "--plans", nargs="+", metavar="SPEC", help="plans to score, as in sweep.py [kept layers, yoco, ...]"
+    )
+    parser.add_argument("--task_dir", help="a folder of yaml files that define further tasks")
+    parser.add_argument("--limit", type=int, help="only the first LIMIT documents of each task [all]")
+    parser.add_argument("--batch_size", type=int, default=16, help="sequences at a time [16]")
+    parser.add_argument(
+        "--save_dir", help="where tasks.jsonl goes [the run's folder, or that around several]"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... [auto]")
+    args = parser.parse_args()
+    for name in ("limit", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)} is not valid; it must be 1 or more")
+    return args
+
+
+def main():
+    args = arguments()
+    runs, encs = load_with_tokenizers(args.out_dir, pick_device(args.device))
+    autos = [spec for spec in args.plans or () if spec.startswith("auto")]
+    specs = args.plans and [spec for spec in args.plans if spec not in autos]
+    found = {}
+    for path, (name, model) in zip(args.out_dir, runs.items()):
+        found[name] = [Plan.parse(auto_plan(spec, path), len(model.plan)) for spec in autos]
+    todo = choose(runs, specs, found)
+    tasks = load_tasks(args.tasks, args.task_dir)
+    rows = score_tasks(runs, encs, tasks, todo, args.batch_size, args.limit)
+    # A group's row stands for its parts, unless these were asked for too.
+    scored = {row["task"] for row in rows}
+    parts = {part for group, names in tasks["group_map"].items() if group in scored for part in names}
+    print(task_table([row for row in rows if row["task"] not in parts - set(args.tasks)]))
+    folder = Path(args.save_dir or around(args.out_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_lines(rows, folder / "tasks.jsonl")
+    print(f"wrote {folder / 'tasks.jsonl'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
