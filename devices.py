@@ -26,21 +26,25 @@ def pick_device(name: str) -> str:
     return name
 
 
+def fast_dtype(device: torch.device | str) -> torch.dtype:
+    """bfloat16 where the device multiplies it faster than float32, without emulating it."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = kind == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
 def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     """The dtype of matrix products, and the reason for it."""
     if name in ("float32", "bfloat16"):
         return getattr(torch, name), "as asked"
     if name != "auto":
         raise UserError(f"dtype {name!r} is not valid; it is auto, float32 or bfloat16")
-    if device.startswith("cuda"):
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        what = torch.cuda.get_device_name(device)
-    else:
-        fast = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-        what = f"this {device.upper()}"
-    if fast:
-        return torch.bfloat16, f"{what} has it"
-    return torch.float32, f"{what} has no fast bfloat16"
+    dtype = fast_dtype(device)
+    what = device_name(device) if device.startswith("cuda") else f"this {device.upper()}"
+    return dtype, f"{what} has it" if dtype == torch.bfloat16 else f"{what} has no fast bfloat16"
 
 
 def device_name(device: str) -> str:

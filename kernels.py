@@ -14,10 +14,11 @@ from torch.nn.attention.bias import causal_lower_right
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE in the half-split convention: features j and j + d/2 of x (B, heads, T, d) rotate together, by an
-    angle that grows with the position. cos and sin are (T, d/2)."""
+    """RoPE in the half-split convention: features j and j + d/2 of x (B, heads, T, d) rotate together, by
+    an angle that grows with the position. cos and sin are (T, d); those of a pair are the same, but that
+    its first feature has -sin."""
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+    return torch.addcmul(x * cos, torch.cat((b, a), dim=-1), sin).type_as(x)
 
 
 def fuse(sources: Sequence[Tensor], gates: Tensor | None) -> Tensor:
@@ -56,10 +57,25 @@ def attention(
         after_first = attention(q[:, :, 1:], ks, vs, k_gates, v_gates)
         return F.pad(after_first, (0, 0, 1, 0))  # zeros in front, along T
     k, v = fuse(ks, k_gates), fuse(vs, v_gates)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and S == T <= 512:
+        return short_attention(q, k, v)
     mask = None if S == T else causal_lower_right(T, S)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=n_head != n_kv_head
     )
+
+
+def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same with all scores at once, which in bfloat16 on a CPU is twice as fast in training as torch's
+    blocks, as long as the scores fit its caches."""
+    (B, n_head, T, d), n_kv_head = q.shape, k.size(1)
+    q = (q * d**-0.5).reshape(
+        B * n_kv_head, -1, d
+    )  # the queries of a group below each other: (.., group * T, d)
+    k, v = k.reshape(B * n_kv_head, T, d), v.reshape(B * n_kv_head, T, d)
+    future = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+    scores = torch.baddbmm(future.repeat(n_head // n_kv_head, 1), q, k.mT)  # (B * n_kv_head, group * T, T)
+    return (scores.softmax(-1) @ v).view(B, n_head, T, d)
 
 
 # --- decoding: one position at a time, over the cache -----------------------------------------------------
@@ -136,6 +152,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             bias = None if bias is None else bias.float()
             return F.linear(x.float(), weight.float(), bias).type_as(x)
     return F.linear(x, weight, bias)
+
+
+def linears(x: Tensor, layers: Sequence[torch.nn.Linear]) -> Sequence[Tensor]:
+    """The outputs of several linear layers for one input. In training they are one wide product, because a
+    few large products are faster than many small ones."""
+    if not torch.is_grad_enabled() or len(layers) == 1:
+        return [layer(x) for layer in layers]
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    y = F.linear(x, torch.cat([layer.weight for layer in layers]), bias)
+    return y.split([layer.out_features for layer in layers], dim=-1)
 
 
 # --- the loss ---------------------------------------------------------------------------------------------
@@ -216,7 +242,7 @@ def compile_training(model: torch.nn.Module) -> None:
     the loss. Plain Python routes between them, so a new plan compiles nothing."""
     torch._dynamo.config.recompile_limit = 32  # own KV or not, fused or not, past only, with gradients
     for block in model.blocks:
-        block.own_kv, block.forward = torch.compile(block.own_kv), torch.compile(block.forward)
+        block.project, block.forward = torch.compile(block.project), torch.compile(block.forward)
     model.loss_chunk = torch.compile(model.loss_chunk)
 
 

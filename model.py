@@ -19,7 +19,7 @@ from kv_router import Plan, PlanError
 MAX_CONTEXT = 1 << 20  # tokens: a number in a file must not fill the memory
 PREFILL_CHUNK = 1024  # prompt positions that run through the layers at once, which bounds memory
 
-Rope = tuple[Tensor, Tensor]  # cosines and sines of the angles at T positions, (T, d/2) each
+Rope = tuple[Tensor, Tensor]  # cosines and sines of the angles at T positions, (T, d) each
 
 
 @dataclass(kw_only=True)
@@ -87,16 +87,20 @@ class Attention(nn.Module):
             x = F.rms_norm(x, norm.normalized_shape, norm.weight.type_as(x), norm.eps)
         return kernels.rotate(x, *rope)
 
-    def key(self, x: Tensor, rope: Rope) -> Tensor:
-        return self.norm_and_rotate(self.heads(self.k_proj(x)), self.k_norm, rope)  # (B, nkv, T, d)
-
-    def value(self, x: Tensor) -> Tensor:
-        return self.heads(self.v_proj(x))  # (B, nkv, T, d)
+    def project(
+        self, h: Tensor, rope: Rope, need_q: bool, need_k: bool, need_v: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Queries (B, nh, T, d), keys and values (B, nkv, T, d), as far as they are needed."""
+        needed = ((self.q_proj, need_q), (self.k_proj, need_k), (self.v_proj, need_v))
+        outputs = iter(kernels.linears(h, [proj for proj, need in needed if need]))
+        q, k, v = (self.heads(next(outputs)) if need else None for _, need in needed)
+        q = self.norm_and_rotate(q, self.q_norm, rope) if need_q else None
+        k = self.norm_and_rotate(k, self.k_norm, rope) if need_k else None
+        return q, k, v
 
     def forward(
-        self, x: Tensor, rope: Rope, ks: list[Tensor], vs: list[Tensor], past_only: bool, seen: Tensor | None
+        self, q: Tensor, ks: list[Tensor], vs: list[Tensor], past_only: bool, seen: Tensor | None
     ) -> Tensor:
-        q = self.norm_and_rotate(self.heads(self.q_proj(x)), self.q_norm, rope)  # (B, nh, T, d)
         k_gate = torch.cat((self.k_gate, self.k_gate), dim=-1) if len(ks) > 1 else None  # (m, nkv, 1, d)
         v_gate = self.v_gate if len(vs) > 1 else None
         if seen is None:
@@ -114,12 +118,13 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.n_hidden, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = kernels.linears(x, [self.gate_proj, self.up_proj])
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
-    """A layer, in two steps: its own K and V, and attention with the MLP. Between the two, plain Python
-    decides whose K and V the second step reads, so each step can be compiled once for every plan."""
+    """A layer, in two steps: its queries, keys and values, and attention with the MLP. Between the two, plain
+    Python decides whose K and V the second step reads, so each step can be compiled once for every plan."""
 
     def __init__(self, config: GPTConfig, attention: Attention):
         super().__init__()
@@ -128,28 +133,23 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = MLP(config)
 
-    def own_kv(self, x: Tensor, rope: Rope, need_k: bool, need_v: bool):
-        """The normed input h, which `forward` wants too, and the layer's own K and V where they are
-        needed."""
-        h = self.norm1(x)
-        k = self.attn.key(h, rope) if need_k else None
-        v = self.attn.value(h) if need_v else None
-        return h, k, v
+    def project(self, x: Tensor, rope: Rope, need_q: bool, need_k: bool, need_v: bool):
+        """The layer's queries and its own keys and values, as far as they are needed, from x (B, T, C)."""
+        return self.attn.project(self.norm1(x), rope, need_q, need_k, need_v)
 
     def forward(
         self,
         x: Tensor,
-        h: Tensor,
-        rope: Rope,
+        q: Tensor,
         ks: list[Tensor],
         vs: list[Tensor],
         past_only: bool,
         seen: Tensor | None = None,
     ) -> Tensor:
-        """The layer's output (B, T, C), from its input x and h = norm1(x). ks and vs are the sources of its
+        """The layer's output (B, T, C), from its input x and its queries. ks and vs are the sources of its
         route: of a whole sequence as in `kernels.attention` or, where `seen` says how many positions are
         filled, blocks of a cache as in `kernels.decode_attention`."""
-        x = x + self.attn(h, rope, ks, vs, past_only, seen)
+        x = x + self.attn(q, ks, vs, past_only, seen)
         return x + self.mlp(self.norm2(x))
 
     def decode(
@@ -162,12 +162,12 @@ class Block(nn.Module):
         vs: list[Tensor],
         past_only: bool,
     ) -> Tensor:
-        """Both steps for a single position, x (B, 1, C), over the blocks of a cache. The layer's own K and V
-        are written to its blocks `own` first, where other layers or itself read them."""
-        h, k, v = self.own_kv(x, rope, own[0] is not None, own[1] is not None)
+        """Both steps for a single position, x (B, 1, C), over the blocks of a cache. The layer's own K and
+        V are written to its blocks `own` first, where there are any: some layer reads them."""
+        q, k, v = self.project(x, rope, True, own[0] is not None, own[1] is not None)
         kernels.write(*own, k, v, position)
         seen = position if past_only else position + 1
-        return self(x, h, rope, ks, vs, past_only, seen)
+        return self(x, q, ks, vs, past_only, seen)
 
 
 # --- keys and values by layer -----------------------------------------------------------------------------
@@ -284,13 +284,14 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def rope(self, positions: Tensor) -> Rope:
-        """Cosines and sines of the angles at the positions (T,): (T, d/2) each. The table is made at first
-        use and is no buffer, so that casting the model leaves it in float32: in bfloat16 the angles of far
-        positions would be off by whole turns."""
+        """Cosines and sines of the angles at the positions (T,), as `kernels.rotate` wants them: (T, d)
+        each. The table is made at first use and is no buffer, so that casting the model leaves it in
+        float32: in bfloat16 the angles of far positions would be off by whole turns."""
         if self.rope_table is None or self.rope_table[0].device != positions.device:
             everywhere = torch.arange(self.config.block_size, device=positions.device)
             angles = torch.outer(everywhere, rope_frequencies(self.config).to(positions.device))
-            self.rope_table = angles.cos(), angles.sin()
+            cos, sin = angles.cos(), angles.sin()
+            self.rope_table = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         cos, sin = self.rope_table
         return cos[positions], sin[positions]
 
@@ -331,45 +332,41 @@ class GPT(nn.Module):
 
     # --- many positions at once: training, evaluation, prompts ---
 
-    def own_kv(self, i: int, x: Tensor, kv: SequenceKV | KVCache) -> Tensor:
-        """Layer i's own K and V, from its input x (B, T, C), go into `kv`. Returns the normed input."""
-        h, k, v = self.blocks[i].own_kv(x, kv.rope, i in kv.plan.k_layers, i in kv.plan.v_layers)
+    def project(self, i: int, x: Tensor, kv: SequenceKV | KVCache, need_q: bool = True) -> Tensor | None:
+        """Layer i's own K and V, from its input x (B, T, C), go into `kv`. Returns its queries."""
+        q, k, v = self.blocks[i].project(x, kv.rope, need_q, i in kv.plan.k_layers, i in kv.plan.v_layers)
         kv.put(i, k, v)
-        return h
+        return q
 
-    def attend(self, i: int, x: Tensor, h: Tensor, kv: SequenceKV | KVCache) -> Tensor:
-        """Layer i's output (B, T, C), with what it reads from `kv`."""
-        return self.blocks[i](x, h, kv.rope, *kv.sources(i), kv.plan.reads_above(i))
+    def layer(self, i: int, x: Tensor, kv: SequenceKV | KVCache) -> Tensor:
+        """Layer i's output (B, T, C). It reads from `kv` what its route names."""
+        q = self.project(i, x, kv)
+        return self.blocks[i](x, q, *kv.sources(i), kv.plan.reads_above(i))
 
     def run_layers(
-        self,
-        x: Tensor,
-        kv: SequenceKV | KVCache,
-        passes: int | None = None,
-        only_below: int | None = None,
+        self, x: Tensor, kv: SequenceKV | KVCache, passes: int | None = None, only_below: int | None = None
     ) -> Tensor:
         """From the residual stream below the first layer, (B, T, C), to that above the last. With
         `only_below`, to the input of that layer, once its own K and V are in `kv`."""
         for low, high in kv.plan.segments:
             if low < high:
-                x, h = self.iterate(low, high, x, kv, passes)
-            else:
-                h = self.own_kv(high, x, kv)
+                x = self.iterate(low, high, x, kv, passes)
             if high == only_below:
+                self.project(high, x, kv, need_q=False)
                 return x
-            x = self.attend(high, x, h, kv)
+            x = self.layer(high, x, kv)
         return x
 
     def iterate(
         self, low: int, high: int, x: Tensor, kv: SequenceKV | KVCache, passes: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """Layers low .. high, of which some read layers above themselves (arXiv 2410.14442). Every pass
         starts from the same input x and reads the KV that the pass before has left, the first one zeros.
-        Returns the input of layer `high` after the last pass, and the same normed; its K and V are in `kv`.
+        Returns the input of layer `high` after the last pass.
 
-        There are at most `passes` passes, all with gradients; by default forward_passes without gradients and
-        backward_passes with. After n passes the first n positions are exact, so T passes always suffice.
-        Without gradients, iteration also stops when nothing changes any more."""
+        There are at most `passes` passes, all with gradients; by default forward_passes without gradients
+        and backward_passes with. After n passes the first n positions are exact, so T passes always
+        suffice. Without gradients, iteration also stops when nothing changes any more."""
         B, T, _ = x.shape
         training = torch.is_grad_enabled()
         with_gradient = passes or self.config.backward_passes
@@ -382,17 +379,17 @@ class GPT(nn.Module):
             with torch.set_grad_enabled(training and n > limit - with_gradient):
                 y = x
                 for i in range(low, high):
-                    y = self.attend(i, y, self.own_kv(i, y, kv), kv)
-                h = self.own_kv(high, y, kv)
-            if not training:
-                if before is not None:
+                    y = self.layer(i, y, kv)
+                if not training and before is not None:
                     change = float((y - before).abs().max() / before.abs().max())
                 if n == T or change <= 4 * torch.finfo(y.dtype).eps:
                     change = 0.0
                     break
+                if n < limit:
+                    self.project(high, y, kv, need_q=False)
                 before = y
         kv.passes, kv.change = max(kv.passes, n), max(kv.change, change)
-        return y, h
+        return y
 
     def forward(
         self,

@@ -80,10 +80,10 @@ def shard(model: torch.nn.Module, device: str) -> None:
     mesh = init_device_mesh(device.split(":")[0], (RANKS,))
     warnings.filterwarnings(
         "ignore", ".*returned a view tensor"
-    )  # `own_kv` returns views that stay unwritten
+    )  # `project` returns views that stay unwritten
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
-        register_fsdp_forward_method(block, "own_kv")  # a layer runs in two steps
+        register_fsdp_forward_method(block, "project")  # a layer runs in two steps
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "losses")
 

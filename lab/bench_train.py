@@ -43,7 +43,7 @@ class Training:
         self.model = GPT(c.model_config(vocab_size)).to(device)
         if compiled:
             kernels.compile_training(self.model)
-        self.optimizer = make_optimizer(self.model, c)
+        self.optimizer = make_optimizer(self.model, c, dtype)
         self.router, self.clip = router, c.grad_clip or float("inf")
         self.context = lambda: autocast(device, dtype)
         self.idx = torch.randint(vocab_size, (c.batch_size, c.block_size), device=device)

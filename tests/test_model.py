@@ -222,6 +222,7 @@ def test_every_parameter_learns():
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters()), spec
 
 
+@torch.no_grad()
 def test_kv_that_no_one_reads_is_not_computed():
     model = make_model(n_layer=4)
     calls = []

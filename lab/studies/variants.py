@@ -81,24 +81,23 @@ class UntiedAttention(Attention):
     def new_gate(self, sources: tuple[int, ...], start: int, width: int):
         return super().new_gate(sources, start, self.head_dim)
 
-    def forward(self, x: Tensor, rope: Rope, ks, vs, past_only: bool, seen=None) -> Tensor:
-        q = self.norm_and_rotate(self.heads(self.q_proj(x)), self.q_norm, rope)
-        k = self.rotate_fused(kernels.fuse(ks, self.k_gate), rope)
-        y = kernels.attention(q, [k], [kernels.fuse(vs, self.v_gate)])
-        return self.o_proj(y.transpose(1, 2).flatten(2))
-
-    def rotate_fused(self, k: Tensor, rope: Rope) -> Tensor:
-        return k
+    def forward(self, q: Tensor, ks, vs, past_only: bool, seen=None) -> Tensor:
+        k, v = kernels.fuse(ks, self.k_gate), kernels.fuse(vs, self.v_gate)
+        return self.o_proj(kernels.attention(q, [k], [v]).transpose(1, 2).flatten(2))
 
 
 class BeforeRopeAttention(UntiedAttention):
     """Keys are fused first and rotated then; the cache would hold keys before RoPE."""
 
-    def key(self, x: Tensor, rope: Rope) -> Tensor:
-        return self.heads(self.k_proj(x))
+    def project(self, h: Tensor, rope: Rope, need_q: bool, need_k: bool, need_v: bool):
+        self.rope = rope
+        q, _, v = super().project(h, rope, need_q, False, need_v)
+        return q, self.heads(self.k_proj(h)) if need_k else None, v
 
-    def rotate_fused(self, k: Tensor, rope: Rope) -> Tensor:
-        return kernels.rotate(k, *rope)
+    def forward(self, q: Tensor, ks, vs, past_only: bool, seen=None) -> Tensor:
+        k = kernels.rotate(kernels.fuse(ks, self.k_gate), *self.rope)
+        y = kernels.attention(q, [k], [kernels.fuse(vs, self.v_gate)])
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class EvenAttention(Attention):
