@@ -114,6 +114,10 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
+def boolean_or_auto(text: str) -> bool | None:
+    return None if text.lower() == "auto" else boolean(text)
+
+
 def given_settings(cls, description: str) -> dict:
     """The settings of dataclass `cls` that the user gave: from a TOML file, if one is named, then from
     flags."""
@@ -121,14 +125,16 @@ def given_settings(cls, description: str) -> dict:
     parser.usage = "%(prog)s [config/x.toml] [--key=value ...]"
     parser.add_argument("config", nargs="?", help="a TOML file of settings, for example config/demo.toml")
     for f in fields(cls):
-        options = {"help": f"{f.metadata['help']} [{f.default}]".replace("%", "%%")}
+        default = "auto" if f.default is None else f.default
+        options = {"help": f"{f.metadata['help']} [{default}]".replace("%", "%%")}
         options["choices"] = f.metadata["choices"]
-        if f.type is bool:  # --compile alone means --compile=true
-            options |= {"type": boolean, "nargs": "?", "const": True}
+        if f.type in (bool, bool | None):  # --compile alone means --compile=true
+            kind = boolean if f.type is bool else boolean_or_auto
+            options |= {"type": kind, "nargs": "?", "const": True, "metavar": "BOOL"}
         else:
             options["type"] = f.type
-        if not options["choices"]:
-            options["metavar"] = f.type.__name__.upper()
+            if not options["choices"]:
+                options["metavar"] = f.type.__name__.upper()
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **options)
     flags = vars(parser.parse_args())
     path = flags.pop("config")

@@ -1,9 +1,13 @@
 """The device and the dtype that a script computes with, and why."""
 
+import importlib.util
 import math
 import os
+import shutil
+import sysconfig
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -45,6 +49,41 @@ def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     dtype = fast_dtype(device)
     what = device_name(device) if device.startswith("cuda") else f"this {device.upper()}"
     return dtype, f"{what} has it" if dtype == torch.bfloat16 else f"{what} has no fast bfloat16"
+
+
+def why_not_compile(device: str) -> str:
+    """What torch.compile lacks on this machine, or ''."""
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++", "cl"]
+    if not any(shutil.which(name) for name in names):
+        return "a C++ compiler (g++, clang++)"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "Python's headers (python3-dev)"
+    if device.startswith("cuda") and not importlib.util.find_spec("triton"):
+        return "the package triton"
+    return ""
+
+
+# What a device computes per second in training, roughly: to tell a long run from a short one before it
+# starts.
+USUAL_FLOPS = {"cpu": 4e10, "cuda": 5e13}  # per thread, per GPU
+
+
+def pick_compile(asked: bool | None, device: str, flops: float) -> tuple[bool, str]:
+    """Whether to compile a training of so many FLOPs, and the reason. By itself it decides from the FLOPs
+    and not from a measurement, so that a run decides alike when it is repeated. UserError where it was
+    asked for and the machine cannot."""
+    if asked is False:
+        return False, "as asked"
+    lacking = why_not_compile(device)
+    if asked and lacking:
+        raise UserError(f"--compile needs {lacking}; install that, or leave --compile out")
+    if asked:
+        return True, "as asked"
+    kind = device.split(":")[0]
+    speed = USUAL_FLOPS.get(kind, math.inf) * (torch.get_num_threads() if kind == "cpu" else 1)
+    if flops / speed < 60:  # compiling takes about ten seconds, and saves a fifth or more of the rest
+        return False, "pays in runs of a minute or more"
+    return (False, f"needs {lacking}") if lacking else (True, "pays in a run of this length")
 
 
 def device_name(device: str) -> str:

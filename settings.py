@@ -62,7 +62,7 @@ class TrainConfig:
     dtype: str = setting(
         "auto", "of matrix products; auto: bfloat16 where it is fast", ("auto", "float32", "bfloat16")
     )
-    compile: bool = setting(False, "torch.compile the layers: pays on a GPU, or for long runs")
+    compile: bool | None = setting(None, "torch.compile the layers; auto: where that pays within the run")
     shard: bool = setting(False, "under torchrun: split weights and moments over the devices (FSDP2)")
 
     @property

@@ -32,6 +32,7 @@ from devices import (
     device_memory,
     device_name,
     matmul_peak,
+    pick_compile,
     pick_device,
     pick_dtype,
     to_device,
@@ -363,7 +364,9 @@ def main(rule: Rule = uniform_below, model_class: type[GPT] = GPT) -> None:
         return
     model = make_model(c, corpus["vocab_size"], path, checkpoint, model_class)
     n_params = sum(p.numel() for p in model.parameters())
-    if c.compile:
+    flops = costs(model.plan, model.config, c.block_size).train_flops / c.block_size * c.tokens_per_step
+    compiled, why = pick_compile(c.compile, device, flops * c.max_iters)
+    if compiled:
         kernels.compile_training(model)
     if c.shard:
         parallel.shard(model, device)
@@ -380,8 +383,8 @@ def main(rule: Rule = uniform_below, model_class: type[GPT] = GPT) -> None:
     how = f"plan {c.plan}" + (f" with stochastic routing, p = {c.router_p}" if router else "")
     print(f"{c.out_dir}: {n_params:,} parameters, {how}, {c.max_iters} steps of {c.tokens_per_step:,} tokens")
     dtype = str(trainer.dtype).removeprefix("torch.")
-    compiled = "compiled" if c.compile else "not compiled"
-    print(f"{device_name(device)}, {dtype} ({trainer.dtype_reason}), {compiled}")
+    compiling = f"{'compiled' if compiled else 'not compiled'} ({why})"
+    print(f"{device_name(device)}, {dtype} ({trainer.dtype_reason}), {compiling}")
     if checkpoint:
         print(f"resumed after step {run.start}, from {path}")
     received = trainer.loop()
