@@ -15,18 +15,24 @@ from torch import Tensor
 from cli import UserError, first_line
 
 
-def pick_device(name: str) -> str:
-    """The device that --device names, after trying it; `auto` takes the fastest there is."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
+def pick_device(name: str, many_shapes: bool = False) -> str:
+    """The device that --device names, after trying it; `auto` takes the fastest there is. `many_shapes`:
+    prompts or batches of many lengths are to come."""
+    if name == "auto" and torch.cuda.is_available():
+        name = "cuda"
+    elif name == "auto":
+        if torch.version.cuda and torch.cuda.device_count() == 0:
+            print(f"torch is built for CUDA {torch.version.cuda} and finds no GPU; its driver may be too old")
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name} is not available here ({first_line(e)}); use --device auto") from e
-    if name.startswith("cuda:"):
-        torch.cuda.set_device(name)  # streams and events belong to the current device
+    if name.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+        torch.backends.cuda.enable_cudnn_sdp(not many_shapes)  # it plans every shape anew, for half a second
+        if ":" in name:
+            torch.cuda.set_device(name)  # streams and events belong to the current device
     return name
 
 

@@ -59,6 +59,10 @@ def attention(
     k, v = fuse(ks, k_gates), fuse(vs, v_gates)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and S == T <= 512:
         return short_attention(q, k, v)
+    if q.is_cuda and q.dtype == torch.float32 and n_head != n_kv_head:
+        # Torch's fast kernels for float32 know no groups, and its slow one writes all scores to memory.
+        k, v = (x.repeat_interleave(n_head // n_kv_head, dim=1) for x in (k, v))
+        n_kv_head = n_head
     mask = None if S == T else causal_lower_right(T, S)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=n_head != n_kv_head
@@ -105,12 +109,15 @@ def decode_attention(
     folded = [q] if k_gates is None else [q * gate for gate in k_gates.type_as(q)]
     scores = sum(dot(x, k) for x, k in zip(folded, ks)).float()  # (n, B, n_kv_head, group, BLOCK)
     unseen = torch.arange(n * BLOCK, device=q.device).view(n, 1, 1, 1, BLOCK) >= seen
-    scores = scores.masked_fill(unseen, torch.finfo(torch.float32).min)
-    weights = (d**-0.5 * (scores - scores.amax((0, -1), keepdim=True))).exp()
-    sums = [dot(weights, v).float().sum(0) for v in vs]  # (B, n_kv_head, group, d) each
+    scores = scores.masked_fill(unseen, torch.finfo(torch.float32).min) * d**-0.5
+    # A softmax over each block, and then one over the blocks: no sum runs over all positions in a row.
+    largest = scores.amax(-1, keepdim=True)  # (n, B, n_kv_head, group, 1)
+    weights = (scores - largest).exp()
+    share = (largest - largest.amax(0)).exp()
+    total = (weights.sum(-1, keepdim=True) * share).sum(0)  # (B, n_kv_head, group, 1)
+    sums = [(dot(weights, v).float() * share).sum(0) for v in vs]  # (B, n_kv_head, group, d) each
     out = sums[0] if v_gates is None else sum(gate * y for gate, y in zip(v_gates, sums))
-    # The softmax divides by its sum last: once per feature, not once per position and feature.
-    out = out / weights.sum(-1).sum(0).unsqueeze(-1) * (seen > 0)
+    out = out / total * (seen > 0)  # divided last: once per feature, not once per position and feature
     return out.view(B, n_head, 1, d).type_as(q)
 
 

@@ -226,9 +226,9 @@ class KVCache:
 
     def extend(self, T: int) -> Tensor:
         """Make room for T more positions, whose K and V are `put` next. Returns their numbers, (T,)."""
-        self.new_positions = torch.arange(self.length, self.length + T, device=self.position.device)
         self.length += T
         self.position.fill_(self.length - 1)
+        self.new_positions = torch.arange(self.length - T, self.length, device=self.position.device)
         return self.new_positions
 
     def put(self, layer: int, k: Tensor | None, v: Tensor | None) -> None:
@@ -237,9 +237,9 @@ class KVCache:
 
     def sources(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
         """Copies of the keys and values that a layer reads, (B, nkv, length, d) each."""
-        route = self.plan[layer]
-        ks = [self.k[j].permute(1, 2, 0, 3, 4).flatten(2, 3) for j in route.k]
-        vs = [self.v[j].permute(1, 2, 0, 4, 3).flatten(2, 3) for j in route.v]
+        ks, vs = self.filled_blocks()
+        ks = [ks[j].permute(1, 2, 0, 3, 4).flatten(2, 3) for j in self.plan[layer].k]
+        vs = [vs[j].permute(1, 2, 0, 4, 3).flatten(2, 3) for j in self.plan[layer].v]
         return [k[:, :, : self.length] for k in ks], [v[:, :, : self.length] for v in vs]
 
     def filled_blocks(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
@@ -465,7 +465,8 @@ class GPT(nn.Module):
     def decode(self, idx: Tensor, cache: KVCache) -> Tensor:
         """One more position, idx (B, 1) -> logits (B, 1, vocab). Exact for cyclic plans too: what a layer
         reads of layers above are earlier positions, which are in the cache."""
-        cache.extend(1)
+        cache.length += 1
+        cache.position.fill_(cache.length - 1)
         if self.compiled and idx.is_cuda and cache.graph is None:
             cache.graph = kernels.CudaGraph(self.decode_step, idx, cache)
         return self.decode_step(idx, cache) if cache.graph is None else cache.graph(idx)
@@ -494,13 +495,14 @@ class GPT(nn.Module):
         seed: int | None = None,
         cache: KVCache | None = None,
         exact_prefill: bool = False,
+        n_vocab: int | None = None,
     ) -> Iterator[Tensor]:
         """Continue idx (B, T): prefill once, then one position a step. Yields each new column, (B, 1).
 
         Temperature 0 is greedy. A `cache` given is continued from where it is. `exact_prefill` feeds the
-        prompt token by token, which for cyclic plans is exact whatever the number of passes. Raises
-        ValueError at once, before the first token, where the tokens asked for do not fit the context or the
-        cache."""
+        prompt token by token, which for cyclic plans is exact whatever the number of passes. Only the first
+        `n_vocab` tokens are drawn, where a model has more of them than its tokenizer. Raises ValueError at
+        once, before the first token, where the tokens asked for do not fit the context or the cache."""
         B, T = idx.shape
         if cache is None:
             plan = self.resolve(plan)
@@ -526,7 +528,7 @@ class GPT(nn.Module):
             for _ in range(max_new_tokens):
                 for piece in inputs:
                     logits = self(piece, plan=plan, cache=cache)[0]
-                column = sample(logits[:, -1].float(), temperature, top_k, generator)
+                column = sample(logits[:, -1, :n_vocab].float(), temperature, top_k, generator)
                 inputs = [column]
                 yield column
 
@@ -547,7 +549,10 @@ def sample(
     if top_k is not None:
         smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+    # The largest of probability / exponential noise is a draw by probability, as in torch.multinomial, but
+    # without its checks, for which a GPU would have to wait.
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits.softmax(-1) / noise).argmax(-1, keepdim=True)
 
 
 def rope_frequencies(config: GPTConfig) -> Tensor:

@@ -70,13 +70,14 @@ def arguments() -> argparse.Namespace:
 def print_sample(model: GPT, enc, text: str, prompt: list[int], cache: KVCache, seed: int, args) -> str:
     """Print a continuation as it is generated. Returns what there is to say of its speed and exactness."""
     options = {"temperature": args.temperature, "top_k": args.top_k or None, "seed": seed, "cache": cache}
+    options |= {"exact_prefill": args.exact_prefill, "n_vocab": enc.n_vocab}
     idx = torch.tensor([prompt], device=model.embed.weight.device)
     stops = set() if args.ignore_eot else {enc.eot_token, *model.config.stop_tokens}
     stream = data.TextStream(enc)
     cache.length = 0
     print(text, end="", flush=True)
     times = [time.perf_counter()]
-    for token in model.stream(idx, args.max_new_tokens, exact_prefill=args.exact_prefill, **options):
+    for token in model.stream(idx, args.max_new_tokens, **options):
         token = token.item()  # waits for the device
         times.append(time.perf_counter())
         if token in stops:
@@ -94,7 +95,7 @@ def print_sample(model: GPT, enc, text: str, prompt: list[int], cache: KVCache, 
 
 def main():
     args = arguments()
-    device = pick_device(args.device)
+    device = pick_device(args.device, many_shapes=True)
     dtype, _ = pick_dtype(args.dtype, device)
     model, _ = load_run(args.out_dir, device)
     model.to(dtype)

@@ -341,7 +341,7 @@ def main():
         return
     if min(args.windows, args.batch_size) < 1:
         raise UserError("--windows and --batch_size must be 1 or more")
-    device = pick_device(args.device)
+    device = pick_device(args.device, many_shapes=True)
     runs, tokens, config = load_runs(args.out_dir, device, args.data_dir)
     dtype, _ = pick_dtype(args.dtype or config.dtype, device)
     measure = partial(window_losses, batch_size=args.batch_size, context=partial(autocast, device, dtype))

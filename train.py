@@ -305,7 +305,7 @@ class Trainer:
         prompt = torch.tensor([[enc.eot_token]], device=self.device)
         n = min(64, self.model.config.block_size - 1)
         with torch.compiler.set_stance("force_eager"):
-            ids = self.model.generate(prompt, n, temperature=0.8, top_k=50, seed=0)[0, 1:]
+            ids = self.model.generate(prompt, n, 0.8, top_k=50, seed=0, n_vocab=enc.n_vocab)[0, 1:]
         stream = data.TextStream(enc)
         text = "".join(map(stream, ids.tolist())) + stream.rest()
         print("  | " + text.replace("\n", "\n  | "), flush=True)
@@ -346,6 +346,8 @@ def make_model(c: TrainConfig, vocab_size: int, path: Path | None, checkpoint: d
         model = hf.pretrained(c.init_from[3:], c.plan, Path(c.data_dir) / c.dataset, c.block_size)
         model.config.forward_passes, model.config.backward_passes = c.forward_passes, c.backward_passes
         return model
+    if vocab_size > 1024:
+        vocab_size = -(-vocab_size // 64) * 64  # rows of the logits that are aligned, as GPUs want them
     return kind(c.model_config(vocab_size))
 
 

@@ -346,7 +346,7 @@ def check_memory(contenders: list[Ours], args, device: str) -> dict[str, int]:
 
 def main():
     args = arguments()
-    device = pick_device(args.device)
+    device = pick_device(args.device, many_shapes=True)
     dtype, _ = pick_dtype(args.dtype, device)
     where = device_name(device) + f", {torch.get_num_threads()} threads" * (device == "cpu")
     about = {"device": where, "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__}

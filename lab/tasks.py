@@ -84,7 +84,7 @@ def greedy_text(model: GPT, plan: Plan, enc, prompt: list[int], n: int, stops: l
     """A greedy continuation: up to the first of the stop strings, the end of text, or n tokens."""
     idx = torch.tensor([prompt], device=model.embed.weight.device)
     stream, text = data.TextStream(enc), ""
-    for token in model.stream(idx, n, temperature=0, plan=plan, exact_prefill=plan.cyclic):
+    for token in model.stream(idx, n, 0, plan=plan, exact_prefill=plan.cyclic, n_vocab=enc.n_vocab):
         if token.item() in (enc.eot_token, *model.config.stop_tokens):
             break
         text += stream(token.item())
@@ -293,7 +293,7 @@ def arguments() -> argparse.Namespace:
 
 def main():
     args = arguments()
-    runs, encs = load_with_tokenizers(args.out_dir, pick_device(args.device))
+    runs, encs = load_with_tokenizers(args.out_dir, pick_device(args.device, many_shapes=True))
     autos = [spec for spec in args.plans or () if spec.startswith("auto")]
     specs = args.plans and [spec for spec in args.plans if spec not in autos]
     found = {}

@@ -9,14 +9,16 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 import data
 from cli import Pace, duration, replace_file
-from devices import pick_device
+from devices import autocast, pick_device, pick_dtype
 from lab.studies.variants import VARIANTS
 from model import GPT
 from runs import load_run, window_losses
@@ -40,6 +42,7 @@ class Workbench:
     jobs: int = 1
     used: list[str] = field(default_factory=list)  # the runs that the current study has asked for
     loaded: tuple = ("", None)  # the run that `load` gave last
+    context: Callable = nullcontext  # what its losses are computed in
     children: set = field(default_factory=set)  # trainings under way
     stopped: int | None = None  # the exit status of the first that failed, or of a signal
 
@@ -118,8 +121,10 @@ class Workbench:
         """A run's model, and held-out text of the corpus that it was trained on."""
         if self.loaded[0] != run:
             variant = VARIANTS.get(run.split()[0] if run else "", {})
-            model, config = load_run(self.path(run), pick_device("auto"), variant.get("model_class", GPT))
+            device = pick_device("auto")
+            model, config = load_run(self.path(run), device, variant.get("model_class", GPT))
             tokens = data.Tokens(Path(config.data_dir) / config.dataset, "val", config.block_size)
+            self.context = partial(autocast, device, pick_dtype(config.dtype, device)[0])
             self.loaded = run, (model, tokens)
         return self.loaded[1]
 
@@ -144,7 +149,7 @@ class Workbench:
         def measure():
             model, tokens = self.load(run)
             tokens = data.Tokens(tokens.path.parent, split, tokens.block_size)
-            return window_losses(model, tokens, n, 16, model.resolve(plan or None))
+            return window_losses(model, tokens, n, 16, model.resolve(plan or None), self.context)
 
         return self.measured(run, f"loss {plan} {split} {n}", measure)
 
