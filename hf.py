@@ -38,7 +38,12 @@ SIZES = {  # transformers' name of a setting -> ours
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_embeddings",
 }
-OWN = ("plan", "forward_passes", "backward_passes")  # what a folder of ours adds, under "nanokv"
+OWN = (
+    "plan",
+    "router_lowest",
+    "forward_passes",
+    "backward_passes",
+)  # what a folder of ours adds, under "nanokv"
 LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 # Keys that every transformers config can have, and that change nothing in a forward pass.
 COMMON = """architectures dtype torch_dtype transformers_version model_type use_cache return_dict id2label

@@ -331,17 +331,18 @@ def quoted(text: str) -> str:
 
 # --- stochastic routing -----------------------------------------------------------------------------------
 
-# A rule draws the routes of one training step: rule(rng, base, p, step), where layer i's own route is
-# base[i].
+# A rule draws the routes of a training step: rule(rng, base, p, step), where layer i's own route is base[i].
 Rule = Callable[[random.Random, Plan, float, int], list[Route]]
 
 
-def uniform_below(rng: random.Random, base: Plan, p: float, step: int) -> list[Route]:
+def uniform_below(rng: random.Random, base: Plan, p: float, step: int, lowest: int = 0) -> list[Route]:
     """The rule of arXiv 2604.22782: every layer i >= 1 follows its own route with probability 1 - p, and
-    otherwise that of a layer drawn uniformly from 0 .. i-1. Layer 0 always follows its own."""
+    otherwise that of a layer drawn uniformly from 0 .. i-1. Layer 0 always follows its own.
+
+    With `lowest`, which is ours, layers below that are read by themselves alone."""
     routes = []
     for i in range(len(base)):
-        source = rng.randrange(i) if i > 0 and rng.random() < p else i
+        source = rng.randrange(lowest, i) if i > lowest and rng.random() < p else i
         routes.append(base[source])
     return routes
 

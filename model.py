@@ -31,6 +31,7 @@ class GPTConfig(Shape):
     rope_scaling: dict | None = None  # Llama 3's, see GPT.rope_frequencies
     norm_eps: float = 1e-5
     plan: str = "full"
+    router_lowest: int = 0  # trained so that layers below are read by themselves alone
     stop_tokens: list = field(default_factory=list)  # ids that end a text, besides the tokenizer's own
 
     def __post_init__(self):

@@ -28,6 +28,7 @@ class TrainConfig:
     router_p: float = setting(
         0.0, "stochastic KV routing: chance that a layer reads what a random lower layer reads; 0 is off"
     )
+    router_lowest: int = setting(0, "stochastic KV routing: lowest layer that other layers may read")
     forward_passes: int = setting(7, "cyclic plans: passes without gradient")
     backward_passes: int = setting(2, "cyclic plans: passes with gradient, after those")
     block_size: int = setting(256, "context length, in tokens")
@@ -124,6 +125,8 @@ def check(c: TrainConfig) -> None:
                 raise UserError(f"--{name} {value} is not valid; it must be {limit}")
     if c.min_lr > c.learning_rate:
         raise UserError(f"--min_lr {c.min_lr} is above --learning_rate {c.learning_rate}; lower it too")
+    if not 0 <= c.router_lowest < c.n_layer:
+        raise UserError(f"--router_lowest {c.router_lowest} is not valid; it must be 0 to {c.n_layer - 1}")
     if c.batch_size % parallel.RANKS:
         raise UserError(
             f"--batch_size {c.batch_size} cannot be divided among {parallel.RANKS} ranks; give a multiple"

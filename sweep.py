@@ -33,17 +33,32 @@ from runs import load_run, window_losses
 # --- plans to look at -------------------------------------------------------------------------------------
 
 
-def ladder(built: Plan) -> list[str]:
-    """The plans that show how loss depends on cache size, for a model built for `built`. Where every layer
-    has keys of its own: evenly spread kept layers, from all to one, the others following the nearest kept
-    layer below; and for `full` the two half-cache plans that store the lower half."""
-    n_layer = len(built)
+def spread(n_layer: int, n_kept: int, lowest: int = 0) -> list[int]:
+    """Evenly spread layers to keep. With `lowest`, layer 0 and layers from `lowest` on, for a model whose
+    layers never learned to read what lies between."""
+    if lowest == 0 or n_kept == 1:
+        return [group * n_layer // n_kept for group in range(n_kept)]
+    others = n_layer - lowest
+    kept = min(n_kept - 1, others)
+    return [0] + [lowest + group * others // kept for group in range(kept)]
+
+
+def sharing(base: Plan, kept: list[int]) -> Plan:
+    """The plan in which every layer follows the route that the nearest kept layer below has in `base`."""
+    return Plan(tuple(base[max(j for j in kept if j <= i)] for i in range(len(base))))
+
+
+def ladder(model: GPT) -> list[str]:
+    """The plans that show how a model's loss depends on cache size. Where every layer has keys of its own:
+    evenly spread kept layers, from all to one, the others following the nearest kept layer below; and for
+    the plan `full` the two half-cache plans that store the lower half."""
+    built, n_layer = model.plan, len(model.plan)
     if any(route.k != (i,) for i, route in enumerate(built.routes)):
         return [built.spec]
     specs = []
-    for n_kept in dict.fromkeys(max(1, round(n_layer * share)) for share in (1, 0.75, 0.5, 0.25, 0.125)):
-        kept = Plan.parse(f"lasagna-bottom:{n_kept}", n_layer)
-        specs.append(Plan(tuple(built[route.k[0]] for route in kept.routes)).spec)
+    for share in (1, 0.75, 0.5, 0.25, 0.125):
+        kept = spread(n_layer, max(1, round(n_layer * share)), model.config.router_lowest)
+        specs.append(sharing(built, kept).spec)
     if built.spec == "full" and n_layer > 1:
         specs += [Plan.parse(spec, n_layer).spec for spec in ("yoco", "fusedkv-lite")]
     return list(dict.fromkeys(specs))
@@ -58,7 +73,9 @@ def search(start: Plan, loss: Callable[[Plan], float]) -> list[tuple[Plan, float
     per step, not one per stored tensor."""
     loss = cache(loss)
     path = [(start, loss(start))]
-    queue = [(-math.inf, kind, layer) for kind in "kv" for layer in range(1, len(start))]
+    queue = [(-math.inf, "k", layer) for layer in start.k_layers if layer > start.k_layers[0]]
+    queue += [(-math.inf, "v", layer) for layer in start.v_layers if layer > start.v_layers[0]]
+    heapq.heapify(queue)
     progress = Progress("searching", len(queue))
     while queue:
         plan = path[-1][0]
@@ -119,9 +136,7 @@ def choose(
     a line, or raises its PlanError where no other run has it."""
     todo, lacking = [], []
     for name, model in runs.items():
-        plans = [
-            Plan.parse(spec, len(model.plan)) for spec in (ladder(model.plan) if specs is None else specs)
-        ]
+        plans = [Plan.parse(spec, len(model.plan)) for spec in (ladder(model) if specs is None else specs)]
         if model.plan.spec == "full":
             plans = [model.plan] + plans
         for plan in dict.fromkeys(plans + found.get(name, [])):
@@ -303,8 +318,9 @@ def around(folders: list[str]) -> Path:
 
 def search_and_save(folder: str, model: GPT, train_tokens: data.Tokens, measure: Callable) -> list[Plan]:
     """The plans found for a run on training text; they go into its search.jsonl, where `auto:` finds them."""
-    if model.plan.spec != "full":
-        raise UserError(f"--search starts from all caches, and {folder} was built for {model.plan.spec!r}")
+    if model.plan.cyclic or any(len(route.k + route.v) > 2 for route in model.plan.routes):
+        built = f"{folder} was built for {model.plan.spec!r}, which iterates or fuses"
+        raise UserError(f"--search moves what layers read from one layer to another, and {built}")
     path = search(model.plan, lambda plan: float(measure(model, train_tokens, plan=plan).mean()))
     rows = [{"plan": p.spec, "cache_ratio": p.cache_ratio, "calibration_loss": loss} for p, loss in path]
     write_lines(rows, Path(folder) / "search.jsonl")

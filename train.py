@@ -345,6 +345,7 @@ def make_model(c: TrainConfig, vocab_size: int, path: Path | None, checkpoint: d
     if c.init_from.startswith("hf:"):
         model = hf.pretrained(c.init_from[3:], c.plan, Path(c.data_dir) / c.dataset, c.block_size)
         model.config.forward_passes, model.config.backward_passes = c.forward_passes, c.backward_passes
+        model.config.router_lowest = c.router_lowest
         return model
     if vocab_size > 1024:
         vocab_size = -(-vocab_size // 64) * 64  # rows of the logits that are aligned, as GPUs want them
@@ -358,6 +359,8 @@ def main(rule: Rule = uniform_below, model_class: type[GPT] = GPT) -> None:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
     c, path, checkpoint = settings(__doc__)
     device = parallel.join(pick_device(c.device))
+    if c.router_lowest:
+        rule = partial(rule, lowest=c.router_lowest)
     router = StochasticRouter(c.n_layer, c.router_p, c.seed, c.plan, rule) if c.router_p else None
     check_memory(c, device)  # mistakes are named before a corpus is made
     corpus = corpus_of(c, checkpoint)

@@ -227,7 +227,7 @@ def test_limits_searched_plans_and_default_plans(run, task_dir, script):
     assert {r["plan"] for r in rows} == {"full", "keep:0"} and {r["n"] for r in rows} == {3}
     assert script(*command)[0] == 0
     rows = [json.loads(line) for line in (run / "tasks.jsonl").read_text().splitlines()]
-    assert list(dict.fromkeys(r["plan"] for r in rows)) == sweep.ladder(Plan.parse("full", 4))
+    assert list(dict.fromkeys(r["plan"] for r in rows)) == sweep.ladder(make_model(n_layer=4))
 
 
 def test_groups_show_their_mean_and_keep_their_parts(run, task_dir, script):

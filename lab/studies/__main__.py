@@ -6,7 +6,6 @@ python -m lab.studies train VARIANT config/demo.toml --out_dir=...     train.py 
 """
 
 import importlib
-import os
 import sys
 from pathlib import Path
 
@@ -32,14 +31,14 @@ SETS = {
         "cpu",
         Path("out/studies"),
         "config/demo.toml --n_kv_head=4 --max_iters=600 --eval_interval=200 --dtype=float32".split(),
-        narrow="--n_embd=64", wide="--n_embd=192", n_layer=8, steps=600, jobs=os.cpu_count() or 1,
+        narrow="--n_embd=64", wide="--n_embd=192", n_layer=8, steps=600,
     ),
     "gpu": Workbench(
         "gpu",
         Path("out/studies-gpu"),
         "config/demo.toml --n_embd=256 --n_kv_head=4 --batch_size=64 --max_iters=600 --warmup_iters=60 "
         "--eval_interval=200 --eval_iters=2".split(),
-        narrow="--n_embd=128", wide="--n_embd=512", n_layer=8, steps=600, jobs=1,
+        narrow="--n_embd=128", wide="--n_embd=512", n_layer=8, steps=600,
     ),
 }  # fmt: skip
 
@@ -61,12 +60,8 @@ def main():
     parser.add_argument(
         "--set", default="cpu", choices=SETS, help="sizes for two cores, or for one GPU [cpu]"
     )
-    parser.add_argument("--jobs", type=int, help="runs at a time [cpu: one a core; gpu: one]")
     args = parser.parse_args()
     bench = SETS[args.set]
-    bench.jobs = bench.jobs if args.jobs is None else args.jobs
-    if bench.jobs < 1:
-        raise UserError(f"--jobs {bench.jobs} is not valid; it must be 1 or more")
     for name in STUDIES if args.study == "all" else [args.study]:
         print(f"--- {STUDIES[name]}", flush=True)
         bench.used.clear()

@@ -65,7 +65,7 @@ def provenance(bench: Workbench) -> str:
         for key in ("commit", "device", "dtype", "torch", "python")
     )
     return (
-        f"{len(runs)} runs of {spent} in all, {bench.jobs} at a time; commit {commit}; {device}, {dtype}, "
+        f"{len(runs)} runs of {spent} in all; commit {commit}; {device}, {dtype}, "
         f"torch {torch}, Python {python}."
     )
 

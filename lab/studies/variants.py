@@ -15,6 +15,7 @@ from torch import Tensor
 import kernels
 from kv_router import Plan, Route, uniform_below
 from model import GPT, Attention, Rope
+from sweep import sharing, spread
 
 # --- rules of drawing -------------------------------------------------------------------------------------
 
@@ -57,6 +58,24 @@ def ramp(rng: random.Random, base: Plan, p: float, step: int) -> list[Route]:
     return uniform_below(rng, base, p * min(1, step / 200), step)
 
 
+def falling(rng: random.Random, base: Plan, p: float, step: int, lowest: int = 0) -> list[Route]:
+    """The paper's rule, with p falling to 0 over 600 draws."""
+    return uniform_below(rng, base, p * max(0, 1 - step / 600), step, lowest)
+
+
+def rising(rng: random.Random, base: Plan, p: float, step: int, lowest: int = 0) -> list[Route]:
+    """The paper's rule, with p growing from 0 over 600 draws."""
+    return uniform_below(rng, base, p * min(1, step / 600), step, lowest)
+
+
+def rungs(rng: random.Random, base: Plan, p: float, step: int, lowest: int = 0) -> list[Route]:
+    """With a chance of p one of the plans that a sweep deploys: a number of evenly spread kept layers,
+    drawn evenly."""
+    n = len(base)
+    n_kept = rng.randint(1 + (lowest > 0), n) if rng.random() < p else n
+    return list(sharing(base, spread(n, n_kept, lowest)).routes)
+
+
 # --- kinds of model ---------------------------------------------------------------------------------------
 
 
@@ -73,6 +92,20 @@ class Distilled(GPT):
             student.log_softmax(-1), teacher.detach().log_softmax(-1), reduction="batchmean", log_target=True
         )
         return None, F.cross_entropy(teacher, targets.flatten()) + divergence
+
+
+class ValueResidual(GPT):
+    """Every layer's V is a learned mixture of its own and that of layer 0, which starts even."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.mixture = torch.nn.Parameter(torch.full((config.n_layer,), 0.5))
+
+    def project(self, i: int, x: Tensor, kv, need_q: bool = True):
+        q = super().project(i, x, kv, need_q)
+        if i > 0 and kv.v[i] is not None:
+            kv.put(i, kv.k[i], torch.lerp(kv.v[i], kv.v[0], self.mixture[i].type_as(kv.v[0])))
+        return q
 
 
 class UntiedAttention(Attention):
@@ -128,6 +161,10 @@ VARIANTS = {  # name -> arguments of train.main
     "alternate": {"rule": alternate},
     "alternate-bottom-v": {"rule": partial(alternate, rule=bottom_v)},
     "ramp": {"rule": ramp},
+    "falling": {"rule": falling},
+    "rising": {"rule": rising},
+    "rungs": {"rule": rungs},
+    "value-residual": {"model_class": ValueResidual},
     "distilled": {"model_class": Distilled},
     "untied": {"model_class": Untied},
     "before-rope": {"model_class": BeforeRope},

@@ -1,14 +1,12 @@
 """The runs of all studies: trained where they are missing, and measured once."""
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,12 +37,9 @@ class Workbench:
     wide: str
     n_layer: int
     steps: int
-    jobs: int = 1
     used: list[str] = field(default_factory=list)  # the runs that the current study has asked for
     loaded: tuple = ("", None)  # the run that `load` gave last
     context: Callable = nullcontext  # what its losses are computed in
-    children: set = field(default_factory=set)  # trainings under way
-    stopped: int | None = None  # the exit status of the first that failed, or of a signal
 
     @property
     def pictures(self) -> Path:
@@ -56,51 +51,21 @@ class Workbench:
     # --- training ---
 
     def train(self, runs: Iterable[str]) -> None:
-        """Train the runs that are not finished, `jobs` at a time. A run that was stopped is resumed. A signal
-        stops and saves them all, and ends the program."""
+        """Train the runs that are not finished, one after the other. One that was stopped is resumed."""
         runs = list(dict.fromkeys(runs))
         self.used += [run for run in runs if run not in self.used]
         todo = [run for run in runs if not self.finished(run)]
-        if todo:
-            print(f"{len(todo)} runs to train, {self.jobs} at a time", flush=True)
-        pace, done = Pace(marks=2 * self.jobs + 1), []
+        pace = Pace()
         pace.mark(time.monotonic(), 0)
-
-        def train_one(run: str) -> None:
-            if self.stopped is not None:
-                return
-            last = self.execute(self.command(run), run)
-            if self.stopped is not None:  # train.py has said why
+        for done, run in enumerate(todo, 1):
+            status, last = execute(self.command(run))
+            if status:  # train.py has said why
                 print(last, flush=True)
-                return
+                sys.exit(abs(status))
             replace_file(self.path(run) / "finished.json", json.dumps(self.base).encode())
-            done.append(run)
-            pace.mark(time.monotonic(), len(done))
-            left = duration((len(todo) - len(done)) / pace.rate)
-            print(f"[{len(done)} of {len(todo)}, about {left} left] {last}", flush=True)
-
-        with ThreadPoolExecutor(self.jobs) as pool:
-            try:
-                list(pool.map(train_one, todo))
-            except KeyboardInterrupt:
-                self.stopped = 130
-                for child in self.children:
-                    child.send_signal(signal.SIGINT)
-        if self.stopped is not None:
-            sys.exit(self.stopped)
-
-    def execute(self, command: list[str], run: str) -> str:
-        """Run one training to its end. Returns what it printed last."""
-        # In a process group of its own: Ctrl-C reaches it through us, once, and it has time to save.
-        threads = max(1, (os.cpu_count() or 1) // self.jobs)
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0, env=environment)
-        self.children.add(child)
-        output, _ = child.communicate()
-        self.children.discard(child)
-        if child.returncode:
-            self.stopped = abs(child.returncode)
-        return (output.splitlines() or [""])[-1]
+            pace.mark(time.monotonic(), done)
+            left = duration((len(todo) - done) / pace.rate)
+            print(f"[{done} of {len(todo)}, about {left} left] {last}", flush=True)
 
     def finished(self, run: str) -> bool:
         path = self.path(run) / "finished.json"
@@ -156,6 +121,19 @@ class Workbench:
     def losses(self, settings: str, plan: str = "", seeds: int | None = None) -> np.ndarray:
         """The mean loss of every seed's run, (seeds,)."""
         return np.array([self.windows(run, plan).mean() for run in seeded(settings, seeds)])
+
+
+def execute(command: list[str]) -> tuple[int, str]:
+    """Run a training to its end, or until a signal. Returns its exit status, and what it printed last."""
+    # In a process group of its own: Ctrl-C reaches it through us, once, and it has time to save.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0) as child:
+        try:
+            output, _ = child.communicate()
+        except KeyboardInterrupt:
+            child.send_signal(signal.SIGINT)
+            output, _ = child.communicate()
+    lines = [line for line in output.splitlines() if not line.startswith("next:")]
+    return child.returncode, lines[-1] if lines else ""
 
 
 def seeded(settings: str, seeds: int | None = None) -> list[str]:
