@@ -17,7 +17,6 @@ import sweep
 import train
 from cli import UserError
 from hf import save_hf
-from kv_router import Plan
 from lab import tasks
 from runs import load_run
 
