@@ -125,7 +125,7 @@ def check(c: TrainConfig) -> None:
                 raise UserError(f"--{name} {value} is not valid; it must be {limit}")
     if c.min_lr > c.learning_rate:
         raise UserError(f"--min_lr {c.min_lr} is above --learning_rate {c.learning_rate}; lower it too")
-    if not 0 <= c.router_lowest < c.n_layer:
+    if c.router_lowest and not 0 <= c.router_lowest < c.n_layer:
         raise UserError(f"--router_lowest {c.router_lowest} is not valid; it must be 0 to {c.n_layer - 1}")
     if c.batch_size % parallel.RANKS:
         raise UserError(

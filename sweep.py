@@ -34,13 +34,11 @@ from runs import load_run, window_losses
 
 
 def spread(n_layer: int, n_kept: int, lowest: int = 0) -> list[int]:
-    """Evenly spread layers to keep. With `lowest`, layer 0 and layers from `lowest` on, for a model whose
-    layers never learned to read what lies between."""
-    if lowest == 0 or n_kept == 1:
-        return [group * n_layer // n_kept for group in range(n_kept)]
+    """Evenly spread layers to keep, layer 0 among them. With `lowest`, all below that layer, which nothing
+    above learned to read, and at least one more, even if that makes more than n_kept."""
     others = n_layer - lowest
-    kept = min(n_kept - 1, others)
-    return [0] + [lowest + group * others // kept for group in range(kept)]
+    kept = max(1, n_kept - lowest)
+    return [*range(lowest), *(lowest + group * others // kept for group in range(kept))]
 
 
 def sharing(base: Plan, kept: list[int]) -> Plan:

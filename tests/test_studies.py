@@ -81,9 +81,13 @@ def test_distillation_trains_both_plans():
 
 
 def test_deployments_fit_their_share():
-    for share in (0.75, 0.5, 0.25, 0.125):
-        for spec in deployments(8, share):
-            assert Plan.parse(spec, 8).cache_ratio <= share, (share, spec)
+    for share in (0.75, 0.5, 0.25, 0.1875, 0.125):
+        for lowest in (0, 1, 2):
+            for spec in deployments(8, share, lowest):
+                plan = Plan.parse(spec, 8)
+                assert plan.cache_ratio <= share, (share, lowest, spec)
+                if len(plan.k_layers) > lowest:
+                    assert all(r.k == (i,) or r.k[0] >= lowest for i, r in enumerate(plan.routes)), spec
 
 
 def test_verdicts_follow_from_the_spread_over_seeds():

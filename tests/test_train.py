@@ -264,6 +264,7 @@ def test_mistakes_get_one_line_and_leave_nothing(corpus, tmp_path, refused, trai
     assert "forward_passes -1 is not valid" in bad(forward_passes=-1)
     assert "not a probability" in bad(router_p=1.5)
     assert "iterates or fuses" in bad(router_p=0.5, plan="fusedkv")
+    assert "--router_lowest 4 is not valid; it must be 0 to 3" in bad(router_p=0.5, router_lowest=4)
     assert "must be 1 or more" in bad(batch_size=0)
     assert "n_layer 0 is not valid; a model has 1 to 1000 layers" in bad(n_layer=0)
     assert "not a multiple" in bad(n_head=3)
@@ -412,6 +413,19 @@ def test_bfloat16_training_follows_float32(corpus, tmp_path, script, settings):
         script("train.py", *flags(corpus, tmp_path / dtype, dtype=dtype, **settings))
         losses.append(list(read_log(tmp_path / dtype, "train_loss").values()))
     assert losses[0] == pytest.approx(losses[1], abs=0.02) and losses[0] != losses[1]
+
+
+def test_layers_below_the_lowest_are_read_by_themselves_alone(corpus, tmp_path, script):
+    out = tmp_path / "run"
+    status, _, err = script("train.py", *flags(corpus, out, router_p=0.9, router_lowest=1))
+    assert status == 0, err
+    plans = [Plan.parse(spec, 4) for drawn in read_log(out, "plans").values() for spec in drawn]
+    assert len(set(plans)) > 3
+    assert all(route.k != (0,) for plan in plans for route in plan.routes[1:])
+    # and that is what a sweep, a search and `auto:` then deploy
+    assert script("sweep.py", "--out_dir", out, "--windows", 2)[0] == 0
+    swept = [json.loads(line)["plan"] for line in (out / "sweep.jsonl").read_text().splitlines()]
+    assert "keep:0,1" in swept and "keep:0" not in swept
 
 
 def test_sweep_scores_draws_and_overlays(trained, tmp_path, script, refused):

@@ -30,7 +30,7 @@ SETS = {
     "cpu": Workbench(
         "cpu",
         Path("out/studies"),
-        "config/demo.toml --n_kv_head=4 --max_iters=600 --eval_interval=200 --dtype=float32".split(),
+        "config/demo.toml --n_kv_head=4 --max_iters=600 --eval_interval=200".split(),
         narrow="--n_embd=64", wide="--n_embd=192", n_layer=8, steps=600,
     ),
     "gpu": Workbench(

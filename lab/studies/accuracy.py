@@ -35,8 +35,9 @@ def study(bench: Workbench) -> Section:
     bench.train(run for settings, _ in MODELS.values() for run in seeded(settings))
     right, rows = {}, []
     for name, (settings, which) in MODELS.items():
+        lowest = bench.load(seeded(settings)[0])[0].config.router_lowest
         for share in SHARES:
-            plan = deployments(bench.n_layer, share)[which]
+            plan = deployments(bench.n_layer, share, lowest)[which]
             right[name, share] = np.array(
                 [right_choices(bench, run, plan).mean() for run in seeded(settings)]
             )

@@ -8,11 +8,12 @@ from lab.studies.report import Claim, Section, markdown, spread
 from lab.studies.workbench import Workbench, seeded
 from sweep import draw
 
-NORMAL, PAPER, SHARED = "", "--router_p=0.5", "--plan=shared-v --router_p=0.3"
+NORMAL, PAPER = "", "--router_p=0.5"
+SHARED = "--plan=shared-v --router_p=0.3 --router_lowest=1"
 FLEXIBLE = {
     "normal": NORMAL,
     "stochastic, the paper's rule": PAPER,
-    "stochastic, V of layer 0": SHARED,
+    "stochastic, V of layer 0, its K never drawn": SHARED,
 }
 
 

@@ -72,7 +72,7 @@ def rungs(rng: random.Random, base: Plan, p: float, step: int, lowest: int = 0) 
     """With a chance of p one of the plans that a sweep deploys: a number of evenly spread kept layers,
     drawn evenly."""
     n = len(base)
-    n_kept = rng.randint(1 + (lowest > 0), n) if rng.random() < p else n
+    n_kept = rng.randint(1 + lowest, n) if rng.random() < p else n
     return list(sharing(base, spread(n, n_kept, lowest)).routes)
 
 
