@@ -71,10 +71,11 @@ def provenance(bench: Workbench) -> str:
 
 
 def keep(bench: Workbench, name: str, section: Section) -> None:
-    """Keep a study's section for `write_results`."""
+    """Keep a study's section beside its pictures, for `write_results` in this sitting and later ones."""
     claims = [claim.row() for claim in section.claims]
     part = {"claims": claims, "text": section.text, "provenance": provenance(bench)}
-    replace_file(bench.folder / f"{name}.json", json.dumps(part).encode())
+    bench.pictures.mkdir(exist_ok=True)
+    replace_file(bench.pictures / f"{name}.json", json.dumps(part, indent=1).encode() + b"\n")
 
 
 CLAIMS = ["study", "claim", "effect", "95% interval", "seeds", "verdict"]
@@ -83,7 +84,7 @@ CLAIMS = ["study", "claim", "effect", "95% interval", "seeds", "verdict"]
 def write_results(bench: Workbench, titles: dict[str, str], path: Path) -> None:
     """RESULTS.md from the sections that are there."""
     flags = "" if bench.name == "cpu" else f" --set {bench.name}"
-    parts = {name: bench.folder / f"{name}.json" for name in titles}
+    parts = {name: bench.pictures / f"{name}.json" for name in titles}
     parts = {name: json.loads(part.read_text()) for name, part in parts.items() if part.exists()}
     rows, sections = [], ""
     for name, part in parts.items():
