@@ -278,9 +278,9 @@ def files_below(folder: Path, pattern: str, left_out: Iterable[str] = ()) -> lis
 
 
 def text_files(folder: Path, pattern: str) -> list[Path]:
-    """The files below a folder that match the pattern and hold UTF-8 text. Says what was passed over, and
-    raises UserError where nothing matches or most files are something else."""
-    paths = files_below(folder, pattern)
+    """The files below a folder that match the pattern and hold UTF-8 text, or a single file. Says what was
+    passed over, and raises UserError where nothing matches or most files are something else."""
+    paths = files_below(folder, pattern) if folder.is_dir() else [folder]
     if not paths:
         raise UserError(f"no file below {folder} matches --glob {pattern!r}; hidden ones are left out")
     texts, skipped, empty, crlf = [], [], 0, 0
@@ -288,6 +288,8 @@ def text_files(folder: Path, pattern: str) -> list[Path]:
         try:
             text = read_text(path)
         except UserError as e:
+            if path == folder:
+                raise
             skipped.append((path, "UTF-16" in str(e)))
             continue
         texts.append(path)
@@ -303,9 +305,9 @@ def text_files(folder: Path, pattern: str) -> list[Path]:
             raise UserError(f"{found}; choose the text files, for example --glob '*.txt'")
         print(f"left out: {found}")
     if empty:
-        print(f"{empty} empty files")
+        print(f"empty: {empty} of {len(paths)} files")
     if crlf:
-        print(f"{crlf} files have Windows line ends (CRLF), which stay as they are")
+        print(f"Windows line ends (CRLF), which stay as they are: in {crlf} of {len(paths)} files")
     return texts
 
 
@@ -647,7 +649,7 @@ def main():
     folder = Path(args.data_dir) / name
     if args.input:
         path = Path(args.input)
-        paths = text_files(path, args.glob) if path.is_dir() else [path]
+        paths = text_files(path, args.glob)
         size = sum(p.stat().st_size for p in paths if p.exists())
         prepare(folder, lambda: map(read_text, paths), args.tokenizer, os.path.basename(path.resolve()), size)
     elif args.hf:

@@ -69,6 +69,12 @@ def why_not_compile(device: str) -> str:
     return ""
 
 
+def require_compiler(device: str, otherwise: str) -> None:
+    """Raises UserError where this machine cannot compile, with what to do otherwise."""
+    if lacking := why_not_compile(device):
+        raise UserError(f"compiling needs {lacking}; install that, or {otherwise}")
+
+
 # What a device computes per second in training, roughly: to tell a long run from a short one before it
 # starts.
 USUAL_FLOPS = {"cpu": 4e10, "cuda": 5e13}  # per thread, per GPU
@@ -80,15 +86,14 @@ def pick_compile(asked: bool | None, device: str, flops: float) -> tuple[bool, s
     asked for and the machine cannot."""
     if asked is False:
         return False, "as asked"
-    lacking = why_not_compile(device)
-    if asked and lacking:
-        raise UserError(f"--compile needs {lacking}; install that, or leave --compile out")
     if asked:
+        require_compiler(device, "leave --compile out")
         return True, "as asked"
     kind = device.split(":")[0]
     speed = USUAL_FLOPS.get(kind, math.inf) * (torch.get_num_threads() if kind == "cpu" else 1)
     if flops / speed < 60:  # compiling takes about ten seconds, and saves a fifth or more of the rest
         return False, "pays in runs of a minute or more"
+    lacking = why_not_compile(device)
     return (False, f"needs {lacking}") if lacking else (True, "pays in a run of this length")
 
 

@@ -14,7 +14,7 @@ import cli
 import data
 import kernels
 from cli import Parser, UserError, human
-from devices import pick_device, pick_dtype
+from devices import pick_device, pick_dtype, require_compiler
 from kv_router import Plan
 from model import GPT, KVCache
 from runs import load_run
@@ -97,6 +97,8 @@ def main():
     args = arguments()
     device = pick_device(args.device, many_shapes=True)
     dtype, _ = pick_dtype(args.dtype, device)
+    if args.compile:
+        require_compiler(device, "leave --compile out")
     model, _ = load_run(args.out_dir, device)
     model.to(dtype)
     enc = data.load_tokenizer(args.out_dir)

@@ -23,7 +23,7 @@ import hf
 import kernels
 from cli import Parser, Progress, UserError, duration, human, table, write_lines
 from costs import costs
-from devices import device_memory, device_name, pick_device, pick_dtype
+from devices import device_memory, device_name, pick_device, pick_dtype, require_compiler
 from kv_router import PlanError
 from lab import bench_train
 from lab.clock import Clock
@@ -347,6 +347,8 @@ def check_memory(contenders: list[Ours], args, device: str) -> dict[str, int]:
 def main():
     args = arguments()
     device = pick_device(args.device, many_shapes=True)
+    if not args.no_compile:
+        require_compiler(device, "add --no_compile")
     dtype, _ = pick_dtype(args.dtype, device)
     where = device_name(device) + f", {torch.get_num_threads()} threads" * (device == "cpu")
     about = {"device": where, "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__}

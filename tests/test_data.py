@@ -216,16 +216,15 @@ def test_empty_files_and_windows_line_ends_are_mentioned(tmp_path, script):
         (folder / f"{i}.txt").write_bytes(text.encode())
     (folder / "unix.txt").write_text("one line\nanother\n" * 20)
     meta, out = make_corpus(script, folder)
-    assert (
-        "3 files have Windows line ends (CRLF)" in out and "empty files" not in out and "left out" not in out
-    )
+    assert "(CRLF), which stay as they are: in 3 of 4 files" in out
+    assert "empty:" not in out and "left out" not in out
     stored = b"".join((tmp_path / "data" / "x" / f"{s}.bin").read_bytes() for s in ("train", "val"))
     ids = np.frombuffer(stored, "<u2").tolist()
     assert data.load_tokenizer(tmp_path / "data" / "x").decode(ids).count("\r\n") == 3 * 40
     for i in range(2):
         (folder / f"empty{i}.txt").write_bytes(b"")
     again, out = make_corpus(script, folder)
-    assert "2 empty files" in out and "left out" not in out
+    assert "empty: 2 of" in out and "left out" not in out
     assert again["train"]["bytes"] + again["val"]["bytes"] == 3 * len(text) + 17 * 20
 
 

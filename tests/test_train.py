@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT
 
 import data
+import devices
 import train
 from data import Tokens
 from kv_router import Plan, StochasticRouter
@@ -476,6 +477,15 @@ def test_curves_of_runs(trained, corpus, tmp_path, script, refused):
     unevaluated = tmp_path / "unevaluated"  # but at step 0
     script("train.py", *flags(corpus, unevaluated, max_iters=0))
     assert script("sweep.py", "--out_dir", runs[0], unevaluated, "--curves", "--save_dir", tmp_path)[0] == 0
+
+
+def test_a_missing_compiler_is_named(trained, refused, script, monkeypatch):
+    monkeypatch.setattr(devices, "why_not_compile", lambda device: "a C++ compiler (g++, clang++)")
+    out = trained / "stochastic"
+    needs = "compiling needs a C++ compiler (g++, clang++); install that, or "
+    assert needs + "leave --compile out" in refused("sample.py", "--out_dir", out, "--compile")
+    assert needs + "add --no_compile" in refused("lab/bench.py", "--out_dir", out, "--plans", "full")
+    assert script("sample.py", "--out_dir", out, "--max_new_tokens", 2)[0] == 0
 
 
 @pytest.mark.parametrize("how", [[], ["--compile"]])
