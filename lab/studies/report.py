@@ -78,6 +78,12 @@ def keep(bench: Workbench, name: str, section: Section) -> None:
     replace_file(bench.pictures / f"{name}.json", json.dumps(part, indent=1).encode() + b"\n")
 
 
+NOT_TESTED = """
+## What could not be tested here
+
+The papers' scale (332 M parameters and more, GPUs), and their benchmarks ARC, HellaSwag and MMLU:
+`python -m lab.tasks` runs them on any checkpoint and plan, but their data was not at hand.
+"""
 CLAIMS = ["study", "claim", "effect", "95% interval", "seeds", "verdict"]
 
 
@@ -104,6 +110,8 @@ saw the same batches in the same order. It *appeared* if its 95% interval (Stude
 above zero, is *opposite* if that lies below, and otherwise *did not appear* at this size.
 
 """
-    text += markdown(CLAIMS, rows) + sections
+    text += markdown(CLAIMS, rows) + sections + NOT_TESTED
+    if missing := [title for name, title in titles.items() if name not in parts]:
+        text += f"\nStill to be run, by `python -m lab.studies all{flags}`: {'; '.join(missing)}.\n"
     replace_file(path, text.replace("PICTURES", bench.pictures.name).encode())
     print(f"wrote {path}")
