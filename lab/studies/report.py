@@ -87,6 +87,16 @@ The papers' scale (332 M parameters and more, GPUs), and their benchmarks ARC, H
 CLAIMS = ["study", "claim", "effect", "95% interval", "seeds", "verdict"]
 
 
+def in_short(rows: list[list[str]]) -> str:
+    """A sentence for each verdict, with its claims."""
+    claims = {}
+    for _, claim, effect, *_, verdict in rows:
+        claims.setdefault(verdict, []).append(f"{claim.strip()} ({effect})")
+    return "At this size, in short. " + " ".join(
+        f"**{verdict.capitalize()}**: {'; '.join(found)}." for verdict, found in claims.items()
+    )
+
+
 def write_results(bench: Workbench, titles: dict[str, str], path: Path) -> None:
     """RESULTS.md from the sections that are there."""
     flags = "" if bench.name == "cpu" else f" --set {bench.name}"
@@ -99,6 +109,8 @@ def write_results(bench: Workbench, titles: dict[str, str], path: Path) -> None:
         command = f"python -m lab.studies {name}{flags}"
         sections += f"\n## {title}\n\n`{command}`: {part['provenance']}\n\n{part['text']}"
     text = f"""# Results
+
+{in_short(rows)}
 
 Written by `python -m lab.studies all{flags}` from the logs of its runs; no number is typed by hand. Every run
 is `python train.py {" ".join(bench.base)}` with what its table names set otherwise. Losses are nats per token
