@@ -79,7 +79,8 @@ class Muon(torch.optim.AdamW):
                 self.state[p] |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}
         gradients, momenta = [p.grad for p in matrices], [self.state[p]["momentum"] for p in matrices]
         torch._foreach_lerp_(momenta, gradients, 0.05)
-        updates = torch._foreach_lerp(gradients, momenta, 0.95)  # Nesterov's
+        updates = torch._foreach_mul(gradients, 0.05)  # Nesterov's
+        torch._foreach_add_(updates, momenta, alpha=0.95)
         by_shape = {}  # matrices of one shape are made orthogonal together
         for p, update in zip(matrices, updates):
             update = update.full_tensor() if isinstance(update, DTensor) else update

@@ -143,7 +143,7 @@ def test_a_sliding_window_matters_only_beyond_it(tmp_path):
         ({"plan": "cla:9"}, "plan 'cla:9' for 4 layers"),
         ({"plan": 3}, "plan = 3 is not a str"),
         ({"plam": "full"}, "unknown key 'plam'; did you mean plan?"),
-        ({"vocab_size": 3}, "'vocab_size' under nanokv is not known; valid are plan, forward_passes"),
+        ({"vocab_size": 3}, "'vocab_size' under nanokv is not known; valid are plan, router_lowest"),
         ({"backward_passes": 0}, "backward_passes 0 is not valid"),
         ({"plan": "full"}, "no tensor model.layers.1.self_attn.k_proj.weight"),
         ({"plan": "0_0_2_k0+2v0+2"}, "no tensor model.layers.3.self_attn.k_gate"),

@@ -343,15 +343,15 @@ def test_a_run_gone_bad_continues_with_a_lower_learning_rate(corpus, tmp_path, s
     assert re.search(r" became (nan|inf)", line)
     assert f"the last good checkpoint is {out / 'ckpt.pt'} of step 6; lower --learning_rate" in line
     line = refused(*resume, f"--out_dir={out}", "--learning_rate=1e-4")
-    assert "--min_lr 0.0003 is above --learning_rate 0.0001; lower it too" in line
+    assert "--min_lr 0.0005 is above --learning_rate 0.0001; lower it too" in line
     for folder in (out, twin):
         lower = ("--learning_rate=1e-3", "--min_lr=1e-4", f"--out_dir={folder}")
         status, text, _ = script(*resume, *lower)
         assert status == 0 and "resumed after step 6" in text
-        assert "--learning_rate 0.001 in place of 0.003 from here on" in text
-        assert "--min_lr 0.0001 in place of 0.0003 from here on" in text
+        assert "--learning_rate 0.001 in place of 0.005 from here on" in text
+        assert "--min_lr 0.0001 in place of 0.0005 from here on" in text
     rates = read_log(out, "lr")
-    assert list(rates) == list(range(1, 13)) and rates[2] > 1.9e-3 > 1e-3 > rates[7] > rates[12] > 1e-4
+    assert list(rates) == list(range(1, 13)) and rates[2] > 3e-3 > 1e-3 > rates[7] > rates[12] > 1e-4
     for key in ("train_loss", "val_loss", "lr"):
         assert read_log(out, key) == read_log(twin, key)
     a, b = (load_checkpoint(folder / "ckpt.pt") for folder in (out, twin))

@@ -18,6 +18,7 @@ from lab.studies.workbench import Workbench
 
 STUDIES = {  # module -> title
     "cache": "Cache against loss",
+    "dedicated": "Against models for one plan",
     "price": "The price of flexibility",
     "keys_values": "Keys and values are not alike",
     "fusion": "FusedKV against the rest",

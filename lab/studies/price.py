@@ -106,7 +106,6 @@ has {spread(normal)}. Every model is deployed as suits it best, see `lab/studies
     text += markdown(["rule", *PERCENT, "mean", ""], sorted(rows, key=lambda row: row[-2]))
     papers, best = losses["the paper's"], losses["shared-v from 1"]
     claims = [
-        Claim("The paper's rule has a price at the full cache", papers[0] - normal),
         Claim(
             "V of layer 0 for all, and its K never drawn, is better, on average from 100% to 19%",
             sum(papers[:5]) / 5 - sum(best[:5]) / 5,
