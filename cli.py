@@ -168,7 +168,7 @@ def checked(settings: object, cls, where: object) -> dict:
         kind, choices = known[key].type, known[key].metadata.get("choices")
         if kind is float and type(value) is int and abs(value) < 1 << 63:
             value = float(value)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, bool | None)):
             raise UserError(f"{where}: {key} = {value!r} is not a {getattr(kind, '__name__', kind)}")
         if choices and value not in choices:
             raise UserError(f"{where}: {key} = {value!r} is not one of {', '.join(map(str, choices))}")

@@ -20,10 +20,12 @@ from conftest import ROOT
 import data
 import devices
 import train
+from cli import read_toml
 from data import Tokens
 from kv_router import Plan, StochasticRouter
 from model import GPT
 from runs import load_checkpoint, load_run, window_losses
+from settings import TrainConfig
 
 SMALL = {
     "n_layer": 4, "n_embd": 32, "n_head": 4, "n_kv_head": 2, "block_size": 32, "batch_size": 8,
@@ -477,6 +479,19 @@ def test_curves_of_runs(trained, corpus, tmp_path, script, refused):
     unevaluated = tmp_path / "unevaluated"  # but at step 0
     script("train.py", *flags(corpus, unevaluated, max_iters=0))
     assert script("sweep.py", "--out_dir", runs[0], unevaluated, "--curves", "--save_dir", tmp_path)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "flag, reason", [("--compile=False", "as asked"), ("--compile=auto", "pays in runs")]
+)
+def test_compiling_can_be_asked_for(corpus, tmp_path, script, flag, reason):
+    status, out, err = script("train.py", *flags(corpus, tmp_path / "run", max_iters=1), flag)
+    assert status == 0 and f"not compiled ({reason}" in out, err
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.toml")), ids=lambda path: path.stem)
+def test_presets_are_valid(path):
+    TrainConfig(**read_toml(path, TrainConfig))
 
 
 def test_a_missing_compiler_is_named(trained, refused, script, monkeypatch):
