@@ -11,13 +11,13 @@ from conftest import make_model
 
 import data
 import lab.studies.__main__ as main
-from kv_router import Plan, StochasticRouter
-from lab.studies import framework, workbench
+from kv_router import Plan, StochasticRouter, own
+from lab.studies import framework, induction, workbench
 from lab.studies.deploy import deployments
 from lab.studies.report import Claim
-from lab.studies.variants import VARIANTS, BeforeRope, Distilled, Even, Untied
+from lab.studies.variants import VARIANTS, BeforeRope, Even, Untied
 from lab.studies.workbench import Workbench, seeded
-from model import GPT
+from model import GPT, SequenceKV
 from runs import load_run, window_losses
 from sweep import sharing, spread
 
@@ -31,23 +31,17 @@ def test_rules_draw_what_they_say(name):
         assert set(plans) == {sharing(Plan.parse("full", 8), spread(8, n)) for n in range(1, 9)}
         return
     assert len(set(plans)) > 50
-    moved_v = set()
-    for step, plan in enumerate(plans):
-        assert not plan.cyclic and plan[0].k == plan[0].v == (0,)
-        for i, route in enumerate(plan.routes):
-            (k,), (v,) = route.k, route.v
-            moved_v |= {v} if v != i else set()
-            if "apart" not in name:
-                assert v == (0 if "bottom-v" in name and k != i else k)
-            if "kept" in name and k != i:
-                assert plan[k].k == (k,) and not any(plan[j].k == (j,) for j in range(k + 1, i + 1))
-        if "alternate" in name and step % 2 == 0:
-            assert plan.spec == "full"
-    assert moved_v == ({0} if "bottom-v" in name or "apart" in name else set(range(7)))
+    assert all(
+        route in [own(j) for j in range(i + 1)] for plan in plans for i, route in enumerate(plan.routes)
+    )
 
 
-def test_ramp_starts_full():
-    assert StochasticRouter(8, 0.5, seed=3, **VARIANTS["ramp"]).plan(0).spec == "full"
+def test_falling_ends_and_rising_starts_with_the_full_plan():
+    falling, rising = (StochasticRouter(8, 0.5, seed=3, **VARIANTS[name]) for name in ("falling", "rising"))
+    assert rising.plan(0).spec == falling.plan(600).spec == "full"
+    for first, last in ((rising.plan(20), rising.plan(599)), (falling.plan(580), falling.plan(1))):
+        moved = [sum(route != own(i) for i, route in enumerate(plan.routes)) for plan in (first, last)]
+        assert moved[0] < moved[1]
 
 
 def test_fusion_variants():
@@ -68,16 +62,32 @@ def test_fusion_variants():
     assert all((block.attn.k_gate == 0.5).all() for block in Even(tied.config).blocks[2:])
 
 
-def test_distillation_trains_both_plans():
-    plain, idx = make_model(n_layer=4), torch.randint(61, (2, 16))
-    model, plan = Distilled(plain.config), Plan.parse("keep:0", 4)
-    model.load_state_dict(plain.state_dict())
-    loss, same = (model(idx, idx, plan=p)[1] for p in (plan, model.plan))
-    full = model(idx, idx)[1]
-    torch.testing.assert_close(same, full)  # nothing to learn from itself
-    logits = [model.logits(idx, p).log_softmax(-1) for p in (model.plan, plan)]
-    divergence = (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean()
-    torch.testing.assert_close(loss, full + divergence)
+def test_attention_weights_are_those_of_the_model():
+    model, plan = make_model("shared-v", n_layer=4, n_kv_head=2), Plan.parse("0_k1v0_k1v0_k3v0", 4)
+    idx = torch.randint(61, (1, 16))
+    weights = induction.attention_weights(model, idx, plan)
+    assert weights.shape == (4, 4, 16, 16) and not weights.triu(1).any()
+    kv = SequenceKV(plan)
+    kv.rope = model.rope(torch.arange(16))
+    x = model.embed(idx)
+    for i, block in enumerate(model.blocks):
+        q = model.project(i, x, kv)
+        ks, vs = kv.sources(i)
+        v = vs[0].repeat_interleave(2, dim=1)
+        mixed = block.attn.o_proj((weights[i] @ v).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(mixed, block.attn(q, ks, vs, False, None))
+        x = block(x, q, ks, vs, False)
+
+
+def test_induction_scores_find_a_head_that_looks_back(monkeypatch):
+    """Of two heads, one looks at what followed the current token in the first copy, and one at itself."""
+    L = induction.LENGTH
+    position = torch.arange(2 * L)
+    heads = torch.zeros(1, 2, 2 * L, 2 * L)
+    heads[0, 0, position, (position - L + 1).clamp(0)] = 1
+    heads[0, 1, position, position] = 1
+    monkeypatch.setattr(induction, "attention_weights", lambda *_: heads)
+    assert induction.induction_scores(None, None, None).tolist() == [[1, 0]]
 
 
 def test_deployments_fit_their_share():
@@ -173,5 +183,5 @@ def test_a_variation_passes_its_rule_and_its_model(corpus, tmp_path, script):
 
 def test_mistakes(refused):
     name = "lab/studies/__main__.py"
-    assert "no variation 'nope'; valid are bottom-v" in refused(name, "train", "nope")
+    assert "no variation 'nope'; valid are falling" in refused(name, "train", "nope")
     assert "invalid choice: 'nope'" in refused(name, "nope")

@@ -18,8 +18,10 @@ from lab.studies.workbench import Workbench
 
 STUDIES = {  # module -> title
     "cache": "Cache against loss",
+    "scale": "Longer and larger",
     "dedicated": "Against models for one plan",
     "price": "The price of flexibility",
+    "induction": "Induction",
     "keys_values": "Keys and values are not alike",
     "fusion": "FusedKV against the rest",
     "regulariser": "A regulariser when data is short",
@@ -32,7 +34,7 @@ SETS = {
         "cpu",
         Path("out/studies"),
         "config/demo.toml --n_kv_head=4 --max_iters=600 --eval_interval=200".split(),
-        narrow="--n_embd=64", wide="--n_embd=192", n_layer=8, steps=600,
+        narrow="--n_embd=64", wide="--n_embd=256", n_layer=8, steps=600,
     ),
     "gpu": Workbench(
         "gpu",

@@ -1,15 +1,13 @@
 """What a study changes in the program, and passes to it: rules of drawing and kinds of model.
 
-    python -m lab.studies train kept config/demo.toml --router_p=0.5 --out_dir=out/kept
+    python -m lab.studies train falling config/demo.toml --router_p=0.5 --out_dir=out/falling
 
 trains with one of VARIANTS. A rule is a function that draws the routes of one training step, see
 kv_router.Rule; a kind of model is a class derived from GPT."""
 
 import random
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
@@ -18,44 +16,6 @@ from model import GPT, Attention, Rope
 from sweep import sharing, spread
 
 # --- rules of drawing -------------------------------------------------------------------------------------
-
-
-def bottom_v(rng: random.Random, base: Plan, p: float, step: int) -> list[Route]:
-    """The paper's rule for K; a layer that reads another's K reads V of layer 0."""
-    routes = uniform_below(rng, base, p, step)
-    return [route if route == base[i] else Route(route.k, (0,)) for i, route in enumerate(routes)]
-
-
-def apart(rng: random.Random, base: Plan, p: float, step: int) -> list[Route]:
-    """K of a lower layer, and V of layer 0, each with a chance of its own."""
-    routes = []
-    for i in range(len(base)):
-        k = rng.randrange(i) if i > 0 and rng.random() < p else i
-        v = 0 if i > 0 and rng.random() < p else i
-        routes.append(Route((k,), (v,)))
-    return routes
-
-
-def kept(rng: random.Random, base: Plan, p: float, step: int, v_of_bottom: bool = False) -> list[Route]:
-    """As in deployment: a layer that is not kept reads the nearest kept one below, or with `v_of_bottom`
-    its K and V of layer 0. How many layers are kept is spread evenly: at p = 0.5, from one to all."""
-    p = rng.uniform(0, 2 * p)
-    routes, nearest = [], 0
-    for i in range(len(base)):
-        is_kept = i == 0 or rng.random() >= p
-        nearest = i if is_kept else nearest
-        routes.append(Route((nearest,), (0,)) if v_of_bottom and not is_kept else base[nearest])
-    return routes
-
-
-def alternate(rng: random.Random, base: Plan, p: float, step: int, rule=uniform_below) -> list[Route]:
-    """A rule and the full plan in turn."""
-    return rule(rng, base, p if step % 2 else 0.0, step)
-
-
-def ramp(rng: random.Random, base: Plan, p: float, step: int) -> list[Route]:
-    """The paper's rule, with p growing from 0 over the first 200 draws."""
-    return uniform_below(rng, base, p * min(1, step / 200), step)
 
 
 def falling(rng: random.Random, base: Plan, p: float, step: int, lowest: int = 0) -> list[Route]:
@@ -77,21 +37,6 @@ def rungs(rng: random.Random, base: Plan, p: float, step: int, lowest: int = 0) 
 
 
 # --- kinds of model ---------------------------------------------------------------------------------------
-
-
-class Distilled(GPT):
-    """Trains the full plan on the text, and the drawn plan on what the full one predicts, in the same step:
-    twice the work."""
-
-    def forward(self, idx: Tensor, targets: Tensor | None = None, plan=None, cache=None):
-        if plan is None or not torch.is_grad_enabled():
-            return super().forward(idx, targets, plan, cache)
-        hidden = (self.norm(self.hidden(idx, p)) for p in (self.plan, plan))
-        teacher, student = (self.lm_head(x).flatten(0, 1) for x in hidden)
-        divergence = F.kl_div(
-            student.log_softmax(-1), teacher.detach().log_softmax(-1), reduction="batchmean", log_target=True
-        )
-        return None, F.cross_entropy(teacher, targets.flatten()) + divergence
 
 
 class ValueResidual(GPT):
@@ -154,18 +99,10 @@ class Even(GPT):
 
 
 VARIANTS = {  # name -> arguments of train.main
-    "bottom-v": {"rule": bottom_v},
-    "apart": {"rule": apart},
-    "kept": {"rule": kept},
-    "kept-bottom-v": {"rule": partial(kept, v_of_bottom=True)},
-    "alternate": {"rule": alternate},
-    "alternate-bottom-v": {"rule": partial(alternate, rule=bottom_v)},
-    "ramp": {"rule": ramp},
     "falling": {"rule": falling},
     "rising": {"rule": rising},
     "rungs": {"rule": rungs},
     "value-residual": {"model_class": ValueResidual},
-    "distilled": {"model_class": Distilled},
     "untied": {"model_class": Untied},
     "before-rope": {"model_class": BeforeRope},
     "even": {"model_class": Even},

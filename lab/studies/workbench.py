@@ -27,7 +27,7 @@ SEEDS = 3
 @dataclass
 class Workbench:
     """One set of runs: where they are, and the settings that they share. A run is named by the settings
-    that set it apart, "--plan=yoco --seed=1", after the name of a variation if it has one, "kept
+    that set it apart, "--plan=yoco --seed=1", after the name of a variation if it has one, "falling
     --router_p=0.5 --seed=0"."""
 
     name: str

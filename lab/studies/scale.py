@@ -1,0 +1,56 @@
+"""The demo's models, trained for longer, and one size larger."""
+
+import numpy as np
+
+from cli import human
+from lab.studies.cache import FLEXIBLE, NORMAL, PAPER, SHARED
+from lab.studies.deploy import BUDGETS, PERCENT, deployed
+from lab.studies.report import Claim, Section, markdown, spread
+from lab.studies.workbench import Workbench, seeded
+from plots import label_percentages, line, picture
+
+FUSED = "--plan=fusedkv"
+
+
+def by_share(bench: Workbench, settings: str) -> dict[float, np.ndarray]:
+    """The losses of a model, one per seed, within every share of the cache."""
+    if settings.endswith(FUSED):
+        return {0.5: bench.losses(settings)}
+    run = seeded(settings)[0]
+    return {share: bench.losses(settings, deployed(bench, run, share)) for share in BUDGETS}
+
+
+def study(bench: Workbench) -> Section:
+    models = FLEXIBLE | {"FusedKV": FUSED}
+    sizes = ["", f"--max_iters={4 * bench.steps}", bench.wide]
+    bench.train(run for size in sizes for s in models.values() for run in seeded(f"{size} {s}".strip()))
+    claims, text = [], ""
+    with picture(bench.pictures / "scale.png", columns=len(sizes)) as axes:
+        for ax, size in zip(axes, sizes):
+            losses = {s: by_share(bench, f"{size} {s}".strip()) for s in models.values()}
+            run = seeded(f"{size} {NORMAL}".strip())[0]
+            n_parameters = sum(p.numel() for p in bench.load(run)[0].parameters())
+            n_tokens = bench.log(run, "tokens")[1][-1]
+            title = f"{human(n_parameters)} parameters, {human(n_tokens)} tokens"
+            for i, (name, settings) in enumerate(models.items()):
+                shares, values = list(losses[settings]), list(losses[settings].values())
+                line(ax, shares, [x.mean() for x in values], i, name)
+                ax.errorbar(
+                    shares, [x.mean() for x in values], [x.std(ddof=1) for x in values], ls="", color="grey"
+                )
+            label_percentages(ax, (0.125, 0.25, 0.5, 0.75, 1))
+            ax.set(title=title, xlabel="KV cache, at most this share of a full one")
+            rows = [
+                [name, *(spread(losses[s][share]) if share in losses[s] else "" for share in BUDGETS)]
+                for name, s in models.items()
+            ]
+            text += f"\n{title}:\n\n" + markdown(["loss at a cache of", *PERCENT], rows)
+            normal = losses[NORMAL][1]
+            claims.append(
+                Claim(f"The paper's rule has a price at the full cache ({title})", losses[PAPER][1] - normal)
+            )
+            for share, words in ((0.5, "half"), (0.1875, "a fifth of")):
+                better = f"With {words} the cache, V of layer 0, its K never drawn, beats a normal full one"
+                claims.append(Claim(f"{better} ({title})", normal - losses[SHARED][share]))
+        axes[0].set_ylabel("held-out loss, nats per token")
+    return Section(claims, text + "\n![loss against cache](PICTURES/scale.png)\n")
