@@ -43,6 +43,12 @@ SETS = {
         "--eval_interval=200 --eval_iters=2".split(),
         narrow="--n_embd=128", wide="--n_embd=512", n_layer=8, steps=600,
     ),
+    "shakespeare": Workbench(
+        "shakespeare",
+        Path("out/studies-shakespeare"),
+        ["config/shakespeare.toml"],
+        narrow="--n_embd=64", wide="--n_embd=256", n_layer=4, steps=2000,
+    ),
 }  # fmt: skip
 
 
@@ -60,9 +66,7 @@ def main():
         return
     parser = Parser(__doc__)
     parser.add_argument("study", choices=[*STUDIES, "all"], help="which one to run")
-    parser.add_argument(
-        "--set", default="cpu", choices=SETS, help="sizes for two cores, or for one GPU [cpu]"
-    )
+    parser.add_argument("--set", default="cpu", choices=SETS, help="of models, corpus and sizes [cpu]")
     args = parser.parse_args()
     bench = SETS[args.set]
     for name in STUDIES if args.study == "all" else [args.study]:
