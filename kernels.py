@@ -73,9 +73,7 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same with all scores at once, which in bfloat16 on a CPU is twice as fast in training as torch's
     blocks, as long as the scores fit its caches."""
     (B, n_head, T, d), n_kv_head = q.shape, k.size(1)
-    q = (q * d**-0.5).reshape(
-        B * n_kv_head, -1, d
-    )  # the queries of a group below each other: (.., group * T, d)
+    q = (q * d**-0.5).reshape(B * n_kv_head, -1, d)  # a group's queries below each other: (.., group * T, d)
     k, v = k.reshape(B * n_kv_head, T, d), v.reshape(B * n_kv_head, T, d)
     future = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
     scores = torch.baddbmm(future.repeat(n_head // n_kv_head, 1), q, k.mT)  # (B * n_kv_head, group * T, T)

@@ -12,7 +12,7 @@ from conftest import make_model
 import data
 import lab.studies.__main__ as main
 from kv_router import Plan, StochasticRouter, own
-from lab.studies import framework, induction, workbench
+from lab.studies import framework, induction, recall, workbench
 from lab.studies.deploy import deployments
 from lab.studies.report import Claim
 from lab.studies.variants import VARIANTS, BeforeRope, Even, Untied
@@ -90,6 +90,36 @@ def test_induction_scores_find_a_head_that_looks_back(monkeypatch):
     assert induction.induction_scores(None, None, None).tolist() == [[1, 0]]
 
 
+def test_puzzles_ask_for_every_pair_once_a_round():
+    text = recall.puzzle(random.Random(0), 8, 2)
+    rounds = [sorted(zip(part[::2], part[1::2])) for part in (text[:16], text[16:32], text[32:])]
+    assert rounds[0] == rounds[1] == rounds[2] and len(dict(rounds[0])) == 8
+    assert text[:16] != text[16:32] != text[32:] and text.isalpha() and text[::2].islower()
+
+
+def test_recall_counts_the_values_that_are_asked_for(bench, monkeypatch):
+    """A model that always knows the next token recalls all, and one that guesses a single letter few."""
+    recall.data.prepare(Path("data/recall"), recall.documents, "bytes", "test")
+    tokens = data.Tokens("data/recall", "val", 128)
+
+    class Knows:
+        embed = torch.nn.Embedding(257, 2)
+
+        def logits(self, idx, plan):
+            seen, guess = [{} for _ in idx], torch.zeros(idx.shape, dtype=torch.long)
+            for row, ids in enumerate(idx.tolist()):
+                for t, (key, value) in enumerate(zip(ids, [*ids[1:], None])):
+                    guess[row, t] = seen[row].get(key, 0)
+                    seen[row].setdefault(key, value)
+            return torch.nn.functional.one_hot(guess, 257)
+
+    monkeypatch.setattr(Workbench, "load", lambda *_: (Knows(), tokens))
+    monkeypatch.setattr(Workbench, "measured", lambda self, run, key, measure: np.array(list(measure())))
+    assert recall.accuracies(bench, "", "full", n=3).tolist() == [1] * 4
+    monkeypatch.setattr(Knows, "logits", lambda self, idx, plan: torch.eye(257)[65].expand(*idx.shape, 257))
+    assert recall.accuracies(bench, "", "full", n=50).max() < 0.1
+
+
 def test_deployments_fit_their_share():
     for share in (0.75, 0.5, 0.25, 0.1875, 0.125):
         for lowest in (0, 1, 2):
@@ -136,6 +166,7 @@ def bench(corpus, tmp_path, script, monkeypatch):
     monkeypatch.setattr(workbench, "SEEDS", 2)
     monkeypatch.setattr("train.matmul_peak", lambda *_: 1e9)
     monkeypatch.setattr(framework, "TURNS", 1)
+    monkeypatch.setattr(recall, "TEXT", 20_000)
     tiny = Workbench("tiny", tmp_path / "out", base.split(), "--n_embd=8", "--n_embd=24", n_layer=4, steps=12)
     monkeypatch.setitem(main.SETS, "cpu", tiny)
     tiny.trained = trained

@@ -22,6 +22,7 @@ STUDIES = {  # module -> title
     "dedicated": "Against models for one plan",
     "price": "The price of flexibility",
     "induction": "Induction",
+    "recall": "Associative recall",
     "keys_values": "Keys and values are not alike",
     "fusion": "FusedKV against the rest",
     "regulariser": "A regulariser when data is short",
