@@ -2,8 +2,8 @@
 
 from costs import costs
 from kv_router import Plan
-from lab.studies.deploy import BUDGETS, PERCENT, deployed, even_plan
-from lab.studies.report import Claim, Section, markdown, spread
+from lab.studies.deploy import deployed, even_plan
+from lab.studies.report import Claim, Section, markdown, percent, spread
 from lab.studies.workbench import Workbench, seeded
 from sweep import draw
 
@@ -23,13 +23,13 @@ def study(bench: Workbench) -> Section:
     full = costs(model.plan, model.config).cache_bytes_per_token  # bf16
     rows, points, losses = [], [], {}
     for name, settings in FLEXIBLE.items():
-        for share in BUDGETS:
+        for share in bench.shares:
             spec = deployed(bench, seeded(settings)[0], share)
             loss, ratio = bench.losses(settings, spec), Plan.parse(spec, n).cache_ratio
             losses[settings, share] = loss
             size = {"cache_ratio": ratio, "cache_bytes_per_token": ratio * full}
             points.append({"run": name, "plan": spec, "loss": loss.mean()} | size)
-        rows.append([name, *(spread(losses[settings, share]) for share in BUDGETS)])
+        rows.append([name, *(spread(losses[settings, share]) for share in bench.shares)])
     draw(points, bench.pictures / "cache.png")
 
     claims = []
@@ -40,15 +40,18 @@ def study(bench: Workbench) -> Section:
         claims.append(Claim(f"With {words} the cache a normal model gets worse", rise))
         claims.append(Claim(f"With {words} the cache a stochastic one loses less", rise - routed_rise))
     claims.append(Claim("The paper's rule has a price at the full cache", paper - normal))
-    for share, words in ((0.5, "half"), (0.1875, "a fifth of")):
+    smallest = bench.shares[-2]
+    for share in (0.5, smallest):
         effect = normal - losses[SHARED, share]
-        text = f"With {words} the cache, V of layer 0 and its K never drawn beats a normal model's full cache"
-        claims.append(Claim(text, effect))
-    text = markdown(["loss at a cache of", *PERCENT], rows)
-    text += """
+        with_less = f"with {percent(share)} of the cache"
+        better = "V of layer 0, its K never drawn, beats a normal model's full cache"
+        claims.append(Claim(f"{better} {with_less}", effect))
+    text = markdown(["loss at a cache of", *map(percent, bench.shares)], rows)
+    text += f"""
 Each model is deployed as suits it best within a share of the cache: see `lab/studies/deploy.py`. Mean and
-standard deviation over three seeds. With V of layer 0 for all, 56% of the cache stands for 100%, and its
-smallest cache, K of two layers and V of one, is 19%.
+standard deviation over three seeds. With V of layer 0 for all, {percent((n + 1) / (2 * n))} of the cache
+stands for 100%, and the smallest cache it is trained for is {percent(smallest)}, K of two layers and V of
+one.
 
 ![loss against cache](PICTURES/cache.png)
 """

@@ -6,9 +6,6 @@ from kv_router import Plan, PlanError, Route
 from lab.studies.workbench import Workbench
 from sweep import sharing, spread
 
-BUDGETS = (1, 0.75, 0.5, 0.25, 0.1875, 0.125)
-PERCENT = [f"{100 * share:.3g}%" for share in BUDGETS]
-
 
 def even_plan(n_layer: int, share: float, lowest: int = 0) -> str:
     """Evenly spread kept layers, as many as the share of the cache allows."""
@@ -36,7 +33,7 @@ def deployed(bench: Workbench, run: str, share: float) -> str:
     text, so that it is not held-out text that chooses."""
     model, _ = bench.load(run)
     lowest = model.config.router_lowest
-    specs = [spec for x in BUDGETS if x <= share for spec in deployments(bench.n_layer, x, lowest)]
+    specs = [spec for x in bench.shares if x <= share for spec in deployments(bench.n_layer, x, lowest)]
     fitting = []
     for spec in dict.fromkeys(specs):
         with suppress(PlanError):

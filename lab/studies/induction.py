@@ -8,13 +8,16 @@ from torch import Tensor
 from kv_router import Plan
 from lab.studies.cache import FLEXIBLE, NORMAL, PAPER, SHARED
 from lab.studies.deploy import deployed
-from lab.studies.report import Claim, Section, markdown, spread
+from lab.studies.report import Claim, Section, markdown, percent, spread
 from lab.studies.workbench import Workbench, seeded
 from model import GPT, SequenceKV
 from plots import line, picture
 
 LENGTH = 64  # tokens of a sequence, which then comes a second time
-SHARES = (1, 0.5, 0.1875)
+
+
+def shares(bench: Workbench) -> tuple[float, ...]:
+    return 1, 0.5, bench.shares[-2]
 
 
 def sequences(bench: Workbench, run: str, n: int = 16) -> Tensor:
@@ -74,7 +77,7 @@ def study(bench: Workbench) -> Section:
         for i, (name, settings) in enumerate(FLEXIBLE.items()):
             for n in lengths:
                 cells = []
-                for share in SHARES:
+                for share in shares(bench):
                     run = runs[n, settings]
                     spec = deployed(bench, seeded(run)[0], share)
                     found = np.array([copying(bench, r, spec) for r in seeded(run)])  # (seeds, 2)
@@ -97,7 +100,7 @@ that it gives in the second copy to the token that followed the current one in t
 evenly would give 0.01.
 
 """
-    header = ["trained", "steps", "cache 100%", "50%", "19%"]
+    header = ["trained", "steps", *(f"cache {percent(share)}" for share in shares(bench))]
     text += markdown(header, rows) + "\n![induction over training](PICTURES/induction.png)\n"
     text += f"""
 The head with the highest score of each model after {lengths[-1]:,} steps, under three plans: what the
@@ -115,7 +118,7 @@ def draw_heads(bench: Workbench, settings: list[str]) -> None:
             idx = sequences(bench, run)
             best = int(induction_scores(model, idx, model.plan).argmax())
             layer, head = divmod(best, model.config.n_head)
-            for ax, share in zip(row, SHARES):
+            for ax, share in zip(row, shares(bench)):
                 weights = attention_weights(model, idx, model.resolve(deployed(bench, run, share)))
                 ax.imshow(
                     weights[layer, head].cpu().numpy(),
@@ -124,6 +127,6 @@ def draw_heads(bench: Workbench, settings: list[str]) -> None:
                     vmax=0.3,
                     interpolation="nearest",
                 )
-                ax.set_title(f"layer {layer}, head {head}, cache {share:.0%}", fontsize=9)
+                ax.set_title(f"layer {layer}, head {head}, cache {percent(share)}", fontsize=9)
         for row, name in zip(axes, FLEXIBLE):
             row[0].set_ylabel(name, fontsize=8)

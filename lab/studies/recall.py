@@ -12,13 +12,12 @@ import torch
 import data
 from lab.studies.cache import FLEXIBLE, NORMAL, PAPER, SHARED
 from lab.studies.deploy import deployed
-from lab.studies.report import Claim, Section, markdown, spread
+from lab.studies.report import Claim, Section, markdown, percent, spread
 from lab.studies.workbench import Workbench, seeded
 from plots import line, picture
 
 KEYS, VALUES = string.ascii_lowercase, string.ascii_uppercase
 PAIRS = (4, 8, 16, 24)
-SHARES = (1, 0.5, 0.25, 0.1875)
 TEXT = 1_000_000  # characters of text in the corpus, and four to five times as many of puzzles
 
 
@@ -71,17 +70,17 @@ def study(bench: Workbench) -> Section:
     rows, right = [], {}
     with picture(bench.pictures / "recall.png", columns=2, sharey=True) as axes:
         for name, settings in runs.items():
-            for share in SHARES if name in FLEXIBLE else [0.25]:
+            for share in bench.shares if name in FLEXIBLE else [0.25]:
                 plan = deployed(bench, seeded(settings)[0], share) if name in FLEXIBLE else "cla:4"
                 found = np.array([accuracies(bench, run, plan) for run in seeded(settings)])  # (seeds, PAIRS)
                 right[models[name], share] = found
-                rows.append([name, f"{share:.0%}", *map(spread, found.T)])
+                rows.append([name, percent(share), *map(spread, found.T)])
         for ax, share in zip(axes, (1, 0.25)):
             for i, (name, settings) in enumerate(FLEXIBLE.items()):
                 line(ax, PAIRS, right[settings, share].mean(0), i, name)
-            ax.set(title=f"cache {share:.0%}", xlabel="pairs", xticks=PAIRS)
+            ax.set(title=f"cache {percent(share)}", xlabel="pairs", xticks=PAIRS)
         axes[0].set_ylabel("values recalled")
-    normal, paper, shared = ({s: right[m, s].mean(1) for s in SHARES} for m in (NORMAL, PAPER, SHARED))
+    normal, paper, shared = ({s: right[m, s].mean(1) for s in bench.shares} for m in (NORMAL, PAPER, SHARED))
     claims = [
         Claim("A quarter of the cache costs a normal model recall", normal[1] - normal[0.25], "of values"),
         Claim("and a stochastic model less", normal[1] - normal[0.25] - paper[1] + paper[0.25], "of values"),

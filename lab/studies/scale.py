@@ -4,8 +4,8 @@ import numpy as np
 
 from cli import human
 from lab.studies.cache import FLEXIBLE, NORMAL, PAPER, SHARED
-from lab.studies.deploy import BUDGETS, PERCENT, deployed
-from lab.studies.report import Claim, Section, markdown, spread
+from lab.studies.deploy import deployed
+from lab.studies.report import Claim, Section, markdown, percent, spread
 from lab.studies.workbench import Workbench, seeded
 from plots import label_percentages, line, picture
 
@@ -17,7 +17,7 @@ def by_share(bench: Workbench, settings: str) -> dict[float, np.ndarray]:
     if settings.endswith(FUSED):
         return {0.5: bench.losses(settings)}
     run = seeded(settings)[0]
-    return {share: bench.losses(settings, deployed(bench, run, share)) for share in BUDGETS}
+    return {share: bench.losses(settings, deployed(bench, run, share)) for share in bench.shares}
 
 
 def study(bench: Workbench) -> Section:
@@ -41,15 +41,15 @@ def study(bench: Workbench) -> Section:
             label_percentages(ax, (0.125, 0.25, 0.5, 0.75, 1))
             ax.set(title=title, xlabel="KV cache, at most this share of a full one")
             rows = [
-                [name, *(spread(losses[s][share]) if share in losses[s] else "" for share in BUDGETS)]
+                [name, *(spread(losses[s][share]) if share in losses[s] else "" for share in bench.shares)]
                 for name, s in models.items()
             ]
-            text += f"\n{title}:\n\n" + markdown(["loss at a cache of", *PERCENT], rows)
+            text += f"\n{title}:\n\n" + markdown(["loss at a cache of", *map(percent, bench.shares)], rows)
             normal = losses[NORMAL][1]
             claims.append(
                 Claim(f"The paper's rule has a price at the full cache ({title})", losses[PAPER][1] - normal)
             )
-            for share, words in ((0.5, "half"), (0.1875, "a fifth of")):
+            for share, words in ((0.5, "half"), (bench.shares[-2], "a fifth of")):
                 better = f"With {words} the cache, V of layer 0, its K never drawn, beats a normal full one"
                 claims.append(Claim(f"{better} ({title})", normal - losses[SHARED][share]))
         axes[0].set_ylabel("held-out loss, nats per token")

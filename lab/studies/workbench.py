@@ -48,6 +48,12 @@ class Workbench:
     def path(self, run: str) -> Path:
         return self.folder / re.sub(r"[^\w.+]+", "-", run).strip("-")
 
+    @property
+    def shares(self) -> list[float]:
+        """The shares of a full cache at which models are compared. The last is that of K and V of one layer,
+        and the last but one that of K of two layers and V of one."""
+        return sorted({1.0, 0.75, 0.5, 0.25, 1.5 / self.n_layer, 1 / self.n_layer}, reverse=True)
+
     # --- training ---
 
     def train(self, runs: Iterable[str]) -> None:
