@@ -345,14 +345,14 @@ class GPT(nn.Module):
         return self.blocks[i](x, q, *kv.sources(i), kv.plan.reads_above(i))
 
     def run_layers(
-        self, x: Tensor, kv: SequenceKV | KVCache, passes: int | None = None, only_below: int | None = None
+        self, x: Tensor, kv: SequenceKV | KVCache, passes: int | None = None, until: int | None = None
     ) -> Tensor:
-        """From the residual stream below the first layer, (B, T, C), to that above the last. With
-        `only_below`, to the input of that layer, once its own K and V are in `kv`."""
+        """From the residual stream below the first layer, (B, T, C), to that above the last. `until` a
+        layer, which must end a segment: to that layer's input, once its own K and V are in `kv`."""
         for low, high in kv.plan.segments:
             if low < high:
                 x = self.iterate(low, high, x, kv, passes)
-            if high == only_below:
+            if high == until:
                 self.project(high, x, kv, need_q=False)
                 return x
             x = self.layer(high, x, kv)
@@ -361,9 +361,9 @@ class GPT(nn.Module):
     def iterate(
         self, low: int, high: int, x: Tensor, kv: SequenceKV | KVCache, passes: int | None = None
     ) -> Tensor:
-        """Layers low .. high, of which some read layers above themselves (arXiv 2410.14442). Every pass
-        starts from the same input x and reads the KV that the pass before has left, the first one zeros.
-        Returns the input of layer `high` after the last pass.
+        """A segment whose layers low .. high read each other in a circle (arXiv 2410.14442). Every pass
+        runs them from the same input x, (B, T, C), over the KV that the pass before has left; the first
+        one finds zeros. Returns the input of layer `high` in the last pass, which `run_layers` runs.
 
         There are at most `passes` passes, all with gradients; by default forward_passes without gradients
         and backward_passes with. After n passes the first n positions are exact, so T passes always
@@ -381,14 +381,14 @@ class GPT(nn.Module):
                 y = x
                 for i in range(low, high):
                     y = self.layer(i, y, kv)
-                if not training and before is not None:
-                    change = float((y - before).abs().max() / before.abs().max())
-                if n == T or change <= 4 * torch.finfo(y.dtype).eps:
-                    change = 0.0
-                    break
-                if n < limit:
+                if n < limit:  # of layer `high`, the next pass needs only what the others read
                     self.project(high, y, kv, need_q=False)
-                before = y
+            if not training and n > 1:
+                change = float((y - before).abs().max() / before.abs().max())
+            if n == T or change <= 4 * torch.finfo(y.dtype).eps:
+                change = 0.0  # exact: what is left is rounding
+                break
+            before = y
         kv.passes, kv.change = max(kv.passes, n), max(kv.change, change)
         return y
 
@@ -459,7 +459,7 @@ class GPT(nn.Module):
         cache.passes, cache.change = 1, 0.0
         for part in idx.split(PREFILL_CHUNK, dim=1):
             cache.rope = self.rope(cache.extend(part.size(1)))
-            x = self.run_layers(self.embed(part), cache, only_below=top)
+            x = self.run_layers(self.embed(part), cache, until=top)
         last = x.narrow_copy(1, x.size(1) - 1, 1)  # copied, so that no stride depends on T and compiles anew
         return self.head(self.last_position(last, cache, first=top))
 

@@ -143,7 +143,7 @@ def restore(optimizer: torch.optim.Optimizer, checkpoint: dict, path: Path) -> N
             if {name: t.shape for name, t in moments.items()} != wanted:
                 raise ValueError("its moments are not those of these weights")
             state[i] = moments | {name: parallel.like(moments[name], p) for name in names}
-        if bool(state) != bool(checkpoint["step"]):
+        if bool(state) != bool(checkpoint["step"]):  # only an untrained model has no moments
             raise ValueError("it has no moments")
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})

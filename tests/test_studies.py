@@ -90,11 +90,11 @@ def test_induction_scores_find_a_head_that_looks_back(monkeypatch):
     assert induction.induction_scores(None, None, None).tolist() == [[1, 0]]
 
 
-def test_puzzles_ask_for_every_pair_once_a_round():
-    text = recall.puzzle(random.Random(0), 8, 2)
-    rounds = [sorted(zip(part[::2], part[1::2])) for part in (text[:16], text[16:32], text[32:])]
-    assert rounds[0] == rounds[1] == rounds[2] and len(dict(rounds[0])) == 8
-    assert text[:16] != text[16:32] != text[32:] and text.isalpha() and text[::2].islower()
+def test_puzzles_ask_for_pairs_that_they_gave():
+    text = recall.puzzle(random.Random(0), 8, 40)
+    pairs = [*zip(text[::2], text[1::2])]
+    assert len(pairs) == 48 and len(dict(pairs[:8])) == 8 and set(pairs[8:]) == set(pairs[:8])
+    assert text.isalpha() and text[::2].islower() and text[1::2].isupper()
 
 
 def test_recall_counts_the_values_that_are_asked_for(bench, monkeypatch):
@@ -115,7 +115,7 @@ def test_recall_counts_the_values_that_are_asked_for(bench, monkeypatch):
 
     monkeypatch.setattr(Workbench, "load", lambda *_: (Knows(), tokens))
     monkeypatch.setattr(Workbench, "measured", lambda self, run, key, measure: np.array(list(measure())))
-    assert recall.accuracies(bench, "", "full", n=3).tolist() == [1] * 4
+    assert recall.accuracies(bench, "", "full", n=3).tolist() == [1] * len(recall.PAIRS)
     monkeypatch.setattr(Knows, "logits", lambda self, idx, plan: torch.eye(257)[65].expand(*idx.shape, 257))
     assert recall.accuracies(bench, "", "full", n=50).max() < 0.1
 
@@ -177,6 +177,7 @@ def test_every_study_from_runs_to_results(bench, script):
     status, out, err = script("lab/studies/__main__.py", "all")
     assert status == 0, err
     text = Path("RESULTS_TINY.md").read_text()
+    assert text.splitlines()[2].endswith(".")  # what is true, in short
     assert all(f"## {title}" in text for title in main.STUDIES.values())
     assert len(bench.trained) == len(set(bench.trained)) > 50
     for line in text.splitlines():

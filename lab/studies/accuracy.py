@@ -44,8 +44,8 @@ def study(bench: Workbench) -> Section:
         rows.append([name, *(spread(right[name, share]) for share in SHARES)])
     lost = {name: right[name, 1] - right[name, 0.25] for name in MODELS}
     claims = [
-        Claim("A quarter of the cache costs a normal model accuracy", lost["normal"], "accuracy"),
-        Claim("and a stochastic model less", lost["normal"] - lost["stochastic"], "accuracy"),
+        Claim("A quarter of the cache costs a normal model accuracy", lost["normal"], "of answers"),
+        Claim("and a stochastic model less accuracy", lost["normal"] - lost["stochastic"], "of answers"),
     ]
     text = """A piece of held-out text, and its true continuation against three pieces from elsewhere; 256
 questions, chance is 0.25. With V of layer 0 for all, 56% of the cache stand for 100%.

@@ -33,7 +33,8 @@ def deployed(bench: Workbench, run: str, share: float) -> str:
     text, so that it is not held-out text that chooses."""
     model, _ = bench.load(run)
     lowest = model.config.router_lowest
-    specs = [spec for x in bench.shares if x <= share for spec in deployments(bench.n_layer, x, lowest)]
+    smaller = {x for x in bench.shares if x < share}
+    specs = [spec for x in {share, *smaller} for spec in deployments(bench.n_layer, x, lowest)]
     fitting = []
     for spec in dict.fromkeys(specs):
         with suppress(PlanError):

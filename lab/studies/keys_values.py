@@ -49,11 +49,7 @@ def study(bench: Workbench) -> Section:
     losses = {pair: bench.losses(settings) for pair, settings in pairs.items()}
     lite = losses.pop((half - 1, 0))
     claims = [
-        Claim(
-            "Upper layers draw more than half of V from the bottom layers",
-            np.subtract(low["V"], 0.5),
-            "of it",
-        ),
+        Claim("Upper layers draw most of V from the bottom ones", np.subtract(low["V"], 0.5), "of it"),
         Claim("and more of V than of K", np.subtract(low["V"], low["K"]), "of it"),
     ]
     for (k, v), loss in losses.items():

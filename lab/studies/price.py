@@ -43,54 +43,69 @@ def sizes(bench: Workbench) -> dict[str, dict[float, tuple[str, str]]]:
     return studies
 
 
+def by_size(bench: Workbench, ax) -> tuple[str, dict[str, str]]:
+    """The price when p, the training or the depth grows: tables, and each in words."""
+    text, in_words = "", {}
+    for i, (what, values) in enumerate(sizes(bench).items()):
+        rows, prices = [], []
+        for value, (normal, stochastic) in values.items():
+            scarce = even_plan(value if what == "layers" else bench.n_layer, 0.125)
+            a, b = bench.losses(normal), bench.losses(stochastic)
+            rises = [bench.losses(s, scarce) - x for s, x in ((normal, a), (stochastic, b))]
+            rows.append([value, spread(a), spread(b), spread(b - a), *map(spread, rises)])
+            prices.append((b - a).mean())
+        header = [what, "normal", "stochastic", "price", "normal's rise at 12.5%", "stochastic's"]
+        text += "\n" + markdown(header, rows)
+        points = [f"{price:.3f} at {value:,}" for value, price in zip(values, prices)]
+        in_words[what] = f"{', '.join(points[:-1])} and {points[-1]}"
+        base = {"p": 0.5, "steps": bench.steps, "layers": bench.n_layer}[what]
+        line(ax, [value / base for value in values], prices, i, f"{what}, times {base}")
+    ax.set_xscale("log", base=2)
+    ax.set(xlabel="relative size", ylabel="price, nats per token")
+    return text, in_words
+
+
+def by_rule(bench: Workbench, ax) -> tuple[str, dict[str, list[np.ndarray]]]:
+    """A table of the rules, and the losses of each at every share of the cache."""
+    percents = [percent(share) for share in bench.shares]
+    losses, rows = {}, []
+    for name, (settings, meaning) in RULES.items():
+        run = seeded(settings)[0]
+        losses[name] = [bench.losses(settings, deployed(bench, run, share)) for share in bench.shares]
+        average = mean(x.mean() for x in losses[name][:-1])
+        rows.append([f"`{name}`", *map(spread, losses[name]), f"{average:.3f}", meaning])
+        if name in PICTURED:
+            line(ax, percents, [x.mean() for x in losses[name]], PICTURED.index(name), name)
+    ax.axhline(bench.losses(NORMAL).mean(), color="black", linewidth=0.8, label="normal, full cache")
+    ax.set(xlabel="cache at most", ylabel="held-out loss, nats per token")
+    return markdown(["rule", *percents, "mean", ""], sorted(rows, key=lambda row: row[-2])), losses
+
+
 def study(bench: Workbench) -> Section:
-    studies = sizes(bench)
-    pairs = [settings for values in studies.values() for pair in values.values() for settings in pair]
+    pairs = [settings for values in sizes(bench).values() for pair in values.values() for settings in pair]
     bench.train(run for settings in [NORMAL, *pairs] for run in seeded(settings))
     bench.train(run for settings, _ in RULES.values() for run in seeded(settings))
-
-    text = "The price: how far a stochastic model is above a normal one at the full cache, paired by seed.\n"
     with picture(bench.pictures / "price.png", columns=2) as axes:
-        for i, (what, values) in enumerate(studies.items()):
-            rows, prices = [], []
-            for value, (normal, stochastic) in values.items():
-                scarce = even_plan(value if what == "layers" else bench.n_layer, 0.125)
-                a, b = bench.losses(normal), bench.losses(stochastic)
-                rises = [bench.losses(s, scarce) - x for s, x in ((normal, a), (stochastic, b))]
-                rows.append([value, spread(a), spread(b), spread(b - a), *map(spread, rises)])
-                prices.append((b - a).mean())
-            header = [what, "normal", "stochastic", "price", "normal's rise at 12.5%", "stochastic's"]
-            text += "\n" + markdown(header, rows)
-            base = {"p": 0.5, "steps": bench.steps, "layers": bench.n_layer}[what]
-            line(axes[0], [value / base for value in values], prices, i, f"{what}, times {base}")
-        axes[0].set_xscale("log", base=2)
-        axes[0].set(xlabel="relative size", ylabel="price, nats per token")
-        percents = [percent(share) for share in bench.shares]
-        losses, rows = {}, []
-        for name, (settings, meaning) in RULES.items():
-            run = seeded(settings)[0]
-            losses[name] = [bench.losses(settings, deployed(bench, run, share)) for share in bench.shares]
-            average = mean(x.mean() for x in losses[name][:-1])
-            rows.append([f"`{name}`", *map(spread, losses[name]), f"{average:.3f}", meaning])
-            if name in PICTURED:
-                line(axes[1], percents, [x.mean() for x in losses[name]], PICTURED.index(name), name)
-        normal = bench.losses(NORMAL)
-        axes[1].axhline(normal.mean(), color="black", linewidth=0.8, label="normal, full cache")
-        axes[1].set(xlabel="cache at most", ylabel="held-out loss, nats per token")
-    text += f"""
+        prices, in_words = by_size(bench, axes[0])
+        rules, losses = by_rule(bench, axes[1])
+    normal = bench.losses(NORMAL)
+    text = f"""The price: how far a stochastic model is above a normal one at the full cache, paired by seed.
+{prices}
 Rules of drawing, sorted by the mean over all shares of the cache but the smallest. A normal model at the full
-cache has {spread(normal)}.
-Every model is deployed as suits it best, see `lab/studies/deploy.py`. Nine more rules, none of them better,
-are among the earlier readings in `results/earlier`.
+cache has {spread(normal)}. Every model is deployed as suits it best, see `lab/studies/deploy.py`. Nine more
+rules, none of them better, are among the earlier readings in `results/earlier`.
 
+{rules}
+![the price, and rules of drawing](PICTURES/price.png)
 """
-    text += markdown(["rule", *percents, "mean", ""], sorted(rows, key=lambda row: row[-2]))
     papers, best = losses["the paper's"], losses["shared-v from 1"]
     claims = [
         Claim(
             "V of layer 0 for all, its K never drawn, is better, on average over all shares but the smallest",
             np.mean(papers[:-1], axis=0) - np.mean(best[:-1], axis=0),
         ),
-        Claim("Within half the cache it is below the normal model's full one", normal - best[2]),
+        Claim("V of layer 0 for all within half the cache beats a normal full one", normal - best[2]),
     ]
-    return Section(claims, text + "\n![the price, and rules of drawing](PICTURES/price.png)\n")
+    summary = f"""That price grows with p ({in_words["p"]}) and with training ({in_words["steps"]} after so
+many steps)."""
+    return Section(claims, text, summary)

@@ -35,7 +35,7 @@ def shorten(name: str, short: str, n_tokens: int) -> None:
 def study(bench: Workbench) -> Section:
     shorten("python", "python-short", SHORT)
     often = f"--dataset=python-short --eval_interval={bench.steps // 12}"
-    widths = {"narrow": bench.narrow, "wide": bench.wide}
+    widths = {"narrow": bench.narrow, "middle": ""}
     trained = {
         "normal": "",
         "p = 0.1": "--router_p=0.1",

@@ -38,10 +38,12 @@ class Claim:
 
 @dataclass
 class Section:
-    """What a study says: its claims, and Markdown. PICTURES in it becomes the folder of the pictures."""
+    """What a study says: its claims, Markdown in which PICTURES becomes the folder of the pictures, and a
+    sentence or two for the reader of the first paragraph."""
 
     claims: list[Claim] = field(default_factory=list)
     text: str = ""
+    summary: str = ""
 
 
 def spread(values: Iterable[float]) -> str:
@@ -77,7 +79,8 @@ def provenance(bench: Workbench) -> str:
 def keep(bench: Workbench, name: str, section: Section) -> None:
     """Keep a study's section beside its pictures, for `write_results` in this sitting and later ones."""
     claims = [claim.row() for claim in section.claims]
-    part = {"claims": claims, "text": section.text, "provenance": provenance(bench)}
+    part = {"claims": claims, "text": section.text, "summary": section.summary}
+    part["provenance"] = provenance(bench)
     bench.pictures.mkdir(exist_ok=True)
     replace_file(bench.pictures / f"{name}.json", json.dumps(part, indent=1).encode() + b"\n")
 
@@ -91,21 +94,12 @@ The papers' scale (332 M parameters and more, GPUs), and their benchmarks ARC, H
 CLAIMS = ["study", "claim", "effect", "95% interval", "seeds", "verdict"]
 
 
-def in_short(rows: list[list[str]]) -> str:
-    """A sentence for each verdict, with its claims."""
-    claims = {}
-    for _, claim, effect, *_, verdict in rows:
-        claims.setdefault(verdict, []).append(f"{claim.strip()} ({effect})")
-    return "At this size, in short. " + " ".join(
-        f"**{verdict.capitalize()}**: {'; '.join(found)}." for verdict, found in claims.items()
-    )
-
-
 def write_results(bench: Workbench, titles: dict[str, str], path: Path) -> None:
     """RESULTS.md from the sections that are there."""
     flags = "" if bench.name == "cpu" else f" --set {bench.name}"
     parts = {name: bench.pictures / f"{name}.json" for name in titles}
     parts = {name: json.loads(part.read_text()) for name, part in parts.items() if part.exists()}
+    in_short = " ".join(part["summary"] for part in parts.values() if part["summary"])
     rows, sections = [], ""
     for name, part in parts.items():
         title = titles[name]
@@ -114,7 +108,7 @@ def write_results(bench: Workbench, titles: dict[str, str], path: Path) -> None:
         sections += f"\n## {title}\n\n`{command}`: {part['provenance']}\n\n{part['text']}"
     text = f"""# Results
 
-{in_short(rows)}
+{in_short}
 
 Written by `python -m lab.studies all{flags}` from the logs of its runs; no number is typed by hand. Every run
 is `python train.py {" ".join(bench.base)}` with what its table names set otherwise. Losses are nats per token
