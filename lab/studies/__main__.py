@@ -19,8 +19,8 @@ from lab.studies.workbench import Workbench
 STUDIES = {  # module -> title
     "cache": "Cache against loss",
     "scale": "Longer and larger",
-    "dedicated": "Against models for one plan",
     "price": "The price of flexibility",
+    "dedicated": "Against models for one plan",
     "induction": "Induction",
     "recall": "Associative recall",
     "keys_values": "Keys and values are not alike",

@@ -34,13 +34,13 @@ def study(bench: Workbench) -> Section:
 
     normal, paper = bench.losses(NORMAL), bench.losses(PAPER)
     claims = [Claim("The paper's rule has a price at the full cache", paper - normal)]
-    in_words = []
+    rises = {}
     for share, words in ((0.5, "half"), (0.25, "a quarter of")):
         plan = even_plan(n, share)
         rise, routed_rise = bench.losses(NORMAL, plan) - normal, bench.losses(PAPER, plan) - paper
         claims.append(Claim(f"With {words} the cache a normal model gets worse", rise))
         claims.append(Claim(f"With {words} the cache a stochastic one loses less", rise - routed_rise))
-        in_words.append(f"{rise.mean():.3f} with {words} its cache ({routed_rise.mean():.3f})")
+        rises[share] = rise.mean(), routed_rise.mean()
     smallest = bench.shares[-2]
     for share in (0.5, smallest):
         effect = normal - losses[SHARED, share]
@@ -56,6 +56,7 @@ one.
 
 ![loss against cache](PICTURES/cache.png)
 """
-    summary = f"""A normal model loses {" and ".join(in_words)}; in brackets, one trained by the paper's rule,
-which starts {(paper - normal).mean():.3f} nats per token higher."""
+    summary = f"""With half its cache a normal model's loss rises by {rises[0.5][0]:.3f} nats per token, and
+with a quarter by {rises[0.25][0]:.3f}; one trained by the paper's rule rises by {rises[0.5][1]:.3f} and
+{rises[0.25][1]:.3f}, from a loss that is {(paper - normal).mean():.3f} higher."""
     return Section(claims, text, summary)

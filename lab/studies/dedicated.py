@@ -47,7 +47,7 @@ def study(bench: Workbench) -> Section:
     half, quarter = (flexible[SHARED, share].mean() for share in (0.5, 0.25))
     summary = f"""Where a full cache has a loss of {full:.3f}, half of it has {fused:.3f} with FusedKV and
 {lite:.3f} with FusedKV-Lite; one checkpoint for every size, stochastic with V of layer 0 for all layers and
-its K never drawn, has {half:.3f} there and {quarter:.3f} with a quarter."""
+its K never drawn (`shared-v` from layer 1), has {half:.3f} there and {quarter:.3f} with a quarter."""
     text = """How far above each of these models the two stochastic checkpoints are within the same cache,
 paired by seed.
 

@@ -1,6 +1,7 @@
 """The price of flexibility: what a stochastic model loses at the full cache, and which rule of drawing is
 cheapest."""
 
+from collections.abc import Iterable
 from statistics import mean
 
 import numpy as np
@@ -24,6 +25,7 @@ RULES = {  # of drawing -> settings, and what it is
     "shared-v from 3": (SHARED.replace("lowest=1", "lowest=3"), "nor that of layer 2"),
     "shared-v from 1, falling": (f"falling {SHARED}", "p falling to 0"),
     "shared-v from 1, rungs": (f"rungs {SHARED}", "only plans that a sweep deploys"),
+    "shared-v from 1, rungs, p = 0.2": (f"rungs {SHARED.replace('0.3', '0.2')}", "the same, with p = 0.2"),
 }
 PICTURED = ["the paper's", "the paper's from 1", "shared-v from 0", "shared-v from 1"]
 
@@ -43,8 +45,8 @@ def sizes(bench: Workbench) -> dict[str, dict[float, tuple[str, str]]]:
     return studies
 
 
-def by_size(bench: Workbench, ax) -> tuple[str, dict[str, str]]:
-    """The price when p, the training or the depth grows: tables, and each in words."""
+def by_size(bench: Workbench, ax) -> tuple[str, dict[str, list[str]]]:
+    """The price when p, the training or the depth grows: tables, and in words the prices, and at what."""
     text, in_words = "", {}
     for i, (what, values) in enumerate(sizes(bench).items()):
         rows, prices = [], []
@@ -56,13 +58,17 @@ def by_size(bench: Workbench, ax) -> tuple[str, dict[str, str]]:
             prices.append((b - a).mean())
         header = [what, "normal", "stochastic", "price", "normal's rise at 12.5%", "stochastic's"]
         text += "\n" + markdown(header, rows)
-        points = [f"{price:.3f} at {value:,}" for value, price in zip(values, prices)]
-        in_words[what] = f"{', '.join(points[:-1])} and {points[-1]}"
+        in_words[what] = [series(f"{price:.3f}" for price in prices), series(f"{x:,}" for x in values)]
         base = {"p": 0.5, "steps": bench.steps, "layers": bench.n_layer}[what]
         line(ax, [value / base for value in values], prices, i, f"{what}, times {base}")
     ax.set_xscale("log", base=2)
     ax.set(xlabel="relative size", ylabel="price, nats per token")
     return text, in_words
+
+
+def series(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}"
 
 
 def by_rule(bench: Workbench, ax) -> tuple[str, dict[str, list[np.ndarray]]]:
@@ -106,6 +112,6 @@ rules, none of them better, are among the earlier readings in `results/earlier`.
         ),
         Claim("V of layer 0 for all within half the cache beats a normal full one", normal - best[2]),
     ]
-    summary = f"""That price grows with p ({in_words["p"]}) and with training ({in_words["steps"]} after so
-many steps)."""
+    (at_p, p), (after, steps), _ = in_words.values()
+    summary = f"""That price is {at_p} at p = {p}, and {after} after {steps} steps."""
     return Section(claims, text, summary)

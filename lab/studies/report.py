@@ -1,6 +1,7 @@
 """Claims, tables and pictures of RESULTS.md, which is written from the logs of runs alone."""
 
 import json
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +100,7 @@ def write_results(bench: Workbench, titles: dict[str, str], path: Path) -> None:
     flags = "" if bench.name == "cpu" else f" --set {bench.name}"
     parts = {name: bench.pictures / f"{name}.json" for name in titles}
     parts = {name: json.loads(part.read_text()) for name, part in parts.items() if part.exists()}
-    in_short = " ".join(part["summary"] for part in parts.values() if part["summary"])
+    in_short = " ".join(part["summary"] for part in parts.values())
     rows, sections = [], ""
     for name, part in parts.items():
         title = titles[name]
@@ -108,7 +109,7 @@ def write_results(bench: Workbench, titles: dict[str, str], path: Path) -> None:
         sections += f"\n## {title}\n\n`{command}`: {part['provenance']}\n\n{part['text']}"
     text = f"""# Results
 
-{in_short}
+{textwrap.fill(in_short, 110)}
 
 Written by `python -m lab.studies all{flags}` from the logs of its runs; no number is typed by hand. Every run
 is `python train.py {" ".join(bench.base)}` with what its table names set otherwise. Losses are nats per token
