@@ -257,8 +257,10 @@ def compile_decoding(model: torch.nn.Module) -> None:
     stay uncompiled, so that their lengths compile nothing. On a GPU, `GPT.decode` records the step as a
     graph."""
     torch._dynamo.config.recompile_limit = 32
-    # On a CPU, what multiplies every row of a weight must be normed and converted once, not once per row.
-    options = {"realize_reads_threshold": 0} if model.embed.weight.device.type == "cpu" else None
+    # On a CPU, what multiplies every row of a weight or of the cache must be normed, converted and rotated
+    # once, not once per row.
+    once = {"realize_reads_threshold": 0, "realize_acc_reads_threshold": 3}
+    options = once if model.embed.weight.device.type == "cpu" else None
     for block in model.blocks:
         block.decode = torch.compile(block.decode, dynamic=False, options=options)
     model.head = torch.compile(model.head, dynamic=False, options=options)
