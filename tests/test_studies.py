@@ -177,7 +177,8 @@ def test_every_study_from_runs_to_results(bench, script):
     status, out, err = script("lab/studies/__main__.py", "all")
     assert status == 0, err
     text = Path("RESULTS_TINY.md").read_text()
-    assert text.splitlines()[2].endswith(".")  # what is true, in short
+    in_short = text.split("\n\n")[1]
+    assert in_short.endswith(".") and "loss" in in_short
     assert all(f"## {title}" in text for title in main.STUDIES.values())
     assert len(bench.trained) == len(set(bench.trained)) > 50
     for line in text.splitlines():
