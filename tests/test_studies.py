@@ -186,7 +186,8 @@ def test_every_study_from_runs_to_results(bench, script):
             assert Path(line.split("(")[1].rstrip(")")).stat().st_size > 5000, line
     claims = [line for line in text.splitlines() if line.startswith("| [")]
     assert len(claims) > 20 and all(c.split(" | ")[-1] in VERDICTS for c in claims), claims
-    (row,) = (line for line in text.splitlines() if line.startswith("| CLA-2 | 50% |"))
+    section = text.split("## Against models for one plan")[1].split("\n## ")[0]
+    (row,) = (line for line in section.splitlines() if line.startswith("| CLA-2 | 50% |"))
     tokens = data.Tokens("data/python", "val", 256)
     own = [
         window_losses(load_run(bench.path(run))[0], tokens, 3, 16).mean() for run in seeded("--plan=cla:2", 2)
