@@ -103,6 +103,8 @@ def decode_attention(
     Fusion costs no extra memory traffic here, because the gates move to the query and to the output:
         q . (a0 K0 + a1 K1) = (q a0) . K0 + (q a1) . K1        P (b0 V0 + b1 V1) = b0 (P V0) + b1 (P V1)."""
     (B, n_head, _, d), (n, _, n_kv_head) = q.shape, ks[0].shape[:3]
+    # Compiled, a cat is written to memory. Without it, q would be rotated again for every key.
+    q = torch.cat((q[..., : d // 2], q[..., d // 2 :]), dim=-1)
     q = q.reshape(B, n_kv_head, n_head // n_kv_head, d)
     folded = [q] if k_gates is None else [q * gate for gate in k_gates.type_as(q)]
     scores = sum(dot(x, k) for x, k in zip(folded, ks)).float()  # (n, B, n_kv_head, group, BLOCK)
@@ -257,10 +259,8 @@ def compile_decoding(model: torch.nn.Module) -> None:
     stay uncompiled, so that their lengths compile nothing. On a GPU, `GPT.decode` records the step as a
     graph."""
     torch._dynamo.config.recompile_limit = 32
-    # On a CPU, what multiplies every row of a weight or of the cache must be normed, converted and rotated
-    # once, not once per row.
-    once = {"realize_reads_threshold": 0, "realize_acc_reads_threshold": 3}
-    options = once if model.embed.weight.device.type == "cpu" else None
+    # On a CPU, what multiplies every row of a weight must be normed and converted once, not once per row.
+    options = {"realize_reads_threshold": 0} if model.embed.weight.device.type == "cpu" else None
     for block in model.blocks:
         block.decode = torch.compile(block.decode, dynamic=False, options=options)
     model.head = torch.compile(model.head, dynamic=False, options=options)
