@@ -18,7 +18,7 @@ from lab.studies.workbench import Workbench
 
 STUDIES = {  # module -> title
     "cache": "Cache against loss",
-    "scale": "Longer and larger",
+    "scale": "Trained for longer",
     "price": "The price of flexibility",
     "dedicated": "Against models for one plan",
     "induction": "Induction",

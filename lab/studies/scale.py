@@ -1,4 +1,4 @@
-"""The demo's models, trained for longer, and one size larger."""
+"""The demo's models, trained for longer."""
 
 import numpy as np
 
@@ -22,7 +22,7 @@ def by_share(bench: Workbench, settings: str) -> dict[float, np.ndarray]:
 
 def study(bench: Workbench) -> Section:
     models = FLEXIBLE | {"FusedKV": FUSED}
-    sizes = ["", f"--max_iters={4 * bench.steps}", bench.wide]
+    sizes = ["", f"--max_iters={4 * bench.steps}"]
     bench.train(run for size in sizes for s in models.values() for run in seeded(f"{size} {s}".strip()))
     claims, text = [], ""
     with picture(bench.pictures / "scale.png", columns=len(sizes)) as axes:
