@@ -100,7 +100,7 @@ def write_results(bench: Workbench, titles: dict[str, str], path: Path) -> None:
     flags = "" if bench.name == "cpu" else f" --set {bench.name}"
     parts = {name: bench.pictures / f"{name}.json" for name in titles}
     parts = {name: json.loads(part.read_text()) for name, part in parts.items() if part.exists()}
-    in_short = " ".join(part["summary"] for part in parts.values())
+    in_short = " ".join(part["summary"] for part in parts.values() if part["summary"])
     rows, sections = [], ""
     for name, part in parts.items():
         title = titles[name]
