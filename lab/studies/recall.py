@@ -18,6 +18,7 @@ from plots import line, picture
 
 KEYS, VALUES = string.ascii_lowercase, string.ascii_uppercase
 PAIRS = (2, 4, 8, 16, 24)
+LESS = "--router_p=0.3"
 FROM_1 = "--router_p=0.3 --router_lowest=1"
 FROM_0 = "--plan=shared-v --router_p=0.3"
 ONE_PLAN = "--plan=cla:4"
@@ -68,7 +69,8 @@ def study(bench: Workbench) -> Section:
     recipe = f"{bench.narrow} --dataset=recall --batch_size=32 --block_size=128 --max_iters={n_steps}"
     recipe += " --learning_rate=2e-3 --min_lr=2e-4"
     models = FLEXIBLE | {
-        "stochastic, the paper's rule, layer 0 never drawn": FROM_1,
+        "stochastic, the paper's rule, p = 0.3": LESS,
+        "stochastic, the paper's rule, p = 0.3, layer 0 never drawn": FROM_1,
         "stochastic, V of layer 0, its K drawn too": FROM_0,
         "for one plan, CLA-4": ONE_PLAN,
     }
@@ -90,6 +92,7 @@ def study(bench: Workbench) -> Section:
             ax.set(title=f"cache {percent(share)}", xlabel="pairs", xticks=PAIRS)
         axes[0].set_ylabel("values recalled")
     normal, paper, shared = ({s: right[m, s].mean(1) for s in bench.shares} for m in (NORMAL, PAPER, SHARED))
+    from_0, from_1 = right[LESS, 1].mean(1), right[FROM_1, 1].mean(1)  # the lowest layer that is drawn
     loss, routed_loss, price = normal[1] - normal[0.25], paper[1] - paper[0.25], normal[1] - paper[1]
     claims = [
         Claim("A quarter of the cache costs a normal model recall", loss, "of values"),
@@ -97,6 +100,7 @@ def study(bench: Workbench) -> Section:
         Claim("The paper's rule costs recall at the full cache", price, "of values"),
         Claim("V of layer 0, its K never drawn, recalls more than it", shared[1] - paper[1], "of values"),
         Claim("and more than if its K is drawn too", shared[1] - right[FROM_0, 1].mean(1), "of values"),
+        Claim("The paper's rule recalls more if layer 0 is never drawn", from_1 - from_0, "of values"),
     ]
     shown = [f"{x[1].mean():.0%} ({x[0.25].mean():.0%} with a quarter)" for x in (normal, paper, shared)]
     summary = f"""Of the values that its context has for a key, a normal model recalls {shown[0]}, one trained
