@@ -106,9 +106,10 @@ def study(bench: Workbench) -> Section:
     summary = f"""Of the values that its context has for a key, a normal model recalls {shown[0]}, one trained
 by the paper's rule {shown[1]}, and one with V of layer 0 {shown[2]}."""
     by_chance = ", ".join(f"{1 / n:.2f}" for n in PAIRS)
-    text = f"""The share of values that are recalled, in 100 puzzles of so many pairs and as many questions. Who
-names any letter is right in 0.04, who names any value of the context in {by_chance}. Models of width 64, trained for {n_steps:,} steps of 4,096 tokens, two thirds of them puzzles
-and one third Python source.
+    text = f"""The share of values that are recalled, in 100 puzzles of so many pairs and as many questions.
+Whoever names any letter is right in 0.04, and whoever names any value of the context in {by_chance}.
+Models of width 64, trained for {n_steps:,} steps of 4,096 tokens, two thirds of them puzzles and one third
+Python source.
 
 """
     header = ["trained", "cache", *(f"{n} pairs" for n in PAIRS)]
