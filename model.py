@@ -347,8 +347,8 @@ class GPT(nn.Module):
     def run_layers(
         self, x: Tensor, kv: SequenceKV | KVCache, passes: int | None = None, until: int | None = None
     ) -> Tensor:
-        """From the residual stream below the first layer, (B, T, C), to that above the last. `until` a
-        layer, which must end a segment: to that layer's input, once its own K and V are in `kv`."""
+        """From the residual stream below the first layer, (B, T, C), to that above the last. With
+        `until`, a layer that ends a segment, it stops at that layer's input, with its own K and V in `kv`."""
         for low, high in kv.plan.segments:
             if low < high:
                 x = self.iterate(low, high, x, kv, passes)

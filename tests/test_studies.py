@@ -167,7 +167,7 @@ def bench(corpus, tmp_path, script, monkeypatch):
     monkeypatch.setattr("train.matmul_peak", lambda *_: 1e9)
     monkeypatch.setattr(framework, "TURNS", 1)
     monkeypatch.setattr(recall, "TEXT", 20_000)
-    tiny = Workbench("tiny", tmp_path / "out", base.split(), "--n_embd=8", "--n_embd=24", n_layer=4, steps=12)
+    tiny = Workbench("tiny", tmp_path / "out", base.split(), "--n_embd=8", n_layer=4, steps=12)
     monkeypatch.setitem(main.SETS, "cpu", tiny)
     tiny.trained = trained
     return tiny

@@ -3,9 +3,10 @@
 import numpy as np
 import torch
 
+from kv_router import Plan
 from lab.studies.cache import NORMAL, PAPER, SHARED
 from lab.studies.deploy import deployments
-from lab.studies.report import Claim, Section, markdown, spread
+from lab.studies.report import Claim, Section, markdown, percent, spread
 from lab.studies.workbench import Workbench, seeded
 
 SHARES = (1, 0.5, 0.25)
@@ -47,8 +48,9 @@ def study(bench: Workbench) -> Section:
         Claim("A quarter of the cache costs a normal model accuracy", lost["normal"], "of answers"),
         Claim("and a stochastic model less accuracy", lost["normal"] - lost["stochastic"], "of answers"),
     ]
-    text = """A piece of held-out text, and its true continuation against three pieces from elsewhere; 256
-questions, chance is 0.25. With V of layer 0 for all, 56% of the cache stand for 100%.
+    shared = percent(Plan.parse("shared-v", bench.n_layer).cache_ratio)
+    text = f"""A piece of held-out text, and its true continuation against three pieces from elsewhere; 256
+questions, chance is 0.25. With V of layer 0 for all, {shared} of the cache stands for 100%.
 
 """
     return Section(claims, text + markdown(["accuracy at a cache of", "100%", "50%", "25%"], rows))

@@ -47,12 +47,12 @@ def study(bench: Workbench) -> Section:
         with_less = f"with {percent(share)} of the cache"
         better = "V of layer 0, its K never drawn, beats a normal model's full cache"
         claims.append(Claim(f"{better} {with_less}", effect))
+    shared = percent(Plan.parse("shared-v", n).cache_ratio)
     text = markdown(["loss at a cache of", *map(percent, bench.shares)], rows)
     text += f"""
 Each model is deployed as suits it best within a share of the cache: see `lab/studies/deploy.py`. Mean and
-standard deviation over three seeds. With V of layer 0 for all, {percent((n + 1) / (2 * n))} of the cache
-stands for 100%, and the smallest cache it is trained for is {percent(smallest)}, K of two layers and V of
-one.
+standard deviation over three seeds. With V of layer 0 for all, {shared} of the cache stands for 100%,
+and the smallest cache it is trained for is {percent(smallest)}, K of two layers and V of one.
 
 ![loss against cache](PICTURES/cache.png)
 """

@@ -2,21 +2,19 @@
 
 import numpy as np
 
+from kv_router import Plan
 from lab.studies.cache import NORMAL, PAPER, SHARED
-from lab.studies.deploy import deployed, even_plan
+from lab.studies.deploy import even_plan, losses_within
+from lab.studies.price import RUNGS
 from lab.studies.report import Claim, Section, markdown, percent, spread
 from lab.studies.workbench import Workbench, seeded
 
-FLEXIBLE = {
-    "the paper's rule": PAPER,
-    "V of layer 0": SHARED,
-    "V of layer 0, rungs, p = 0.2": f"rungs {SHARED.replace('0.3', '0.2')}",
-}
+STOCHASTIC = {"the paper's rule": PAPER, "V of layer 0": SHARED, "V of layer 0, rungs, p = 0.2": RUNGS}
 
 
 def dedicated(n_layer: int, n_kv_head: int) -> dict[str, tuple[float, str]]:
     """Models trained for one plan: name -> share of the cache, and settings."""
-    shared = (n_layer + 1) / (2 * n_layer)
+    shared = Plan.parse("shared-v", n_layer).cache_ratio
     return {
         "own K, V of layer 0 (`shared-v`)": (shared, "--plan=shared-v"),
         "CLA-2": (0.5, "--plan=cla:2"),
@@ -32,26 +30,22 @@ def dedicated(n_layer: int, n_kv_head: int) -> dict[str, tuple[float, str]]:
 
 def study(bench: Workbench) -> Section:
     single = dedicated(bench.n_layer, n_kv_head=4)
-    everything = [NORMAL, *FLEXIBLE.values(), *(settings for _, settings in single.values())]
+    everything = [NORMAL, *STOCHASTIC.values(), *(settings for _, settings in single.values())]
     bench.train(run for settings in everything for run in seeded(settings))
-
-    def within(settings: str, share: float) -> np.ndarray:
-        """The losses of a flexible model, one per seed, within a share of the cache."""
-        return bench.losses(settings, deployed(bench, seeded(settings)[0], share))
-
     losses = {name: bench.losses(settings) for name, (_, settings) in single.items()}
     rows = []
     for name, (share, _) in single.items():
-        above = [spread(within(settings, share) - losses[name]) for settings in FLEXIBLE.values()]
+        above = [spread(losses_within(bench, s, share) - losses[name]) for s in STOCHASTIC.values()]
         rows.append([name, percent(share), spread(losses[name]), *above])
     claims = []
-    for name in list(FLEXIBLE)[1:]:
-        for share in ((bench.n_layer + 1) / (2 * bench.n_layer), 0.5, 0.25, bench.shares[-2]):
+    largest = max(share for share, _ in single.values())
+    for name in list(STOCHASTIC)[1:]:
+        for share in (largest, 0.5, 0.25, bench.shares[-2]):
             best = min((x for other, x in losses.items() if single[other][0] <= share), key=np.mean)
             text = f"{name}: within 1% of the best model for one plan of at most {percent(share)}"
-            claims.append(Claim(text, 1.01 * best - within(FLEXIBLE[name], share)))
+            claims.append(Claim(text, 1.01 * best - losses_within(bench, STOCHASTIC[name], share)))
     full, fused, lite = (x.mean() for x in (bench.losses(NORMAL), losses["FusedKV"], losses["FusedKV-Lite"]))
-    half, quarter = (within(SHARED, share).mean() for share in (0.5, 0.25))
+    half, quarter = (losses_within(bench, SHARED, share).mean() for share in (0.5, 0.25))
     summary = f"""Where a full cache has a loss of {full:.3f}, half of it has {fused:.3f} with FusedKV and
 {lite:.3f} with FusedKV-Lite; one checkpoint for every size, stochastic with V of layer 0 for all layers and
 its K never drawn (`shared-v` from layer 1), has {half:.3f} there and {quarter:.3f} with a quarter."""
@@ -59,5 +53,5 @@ its K never drawn (`shared-v` from layer 1), has {half:.3f} there and {quarter:.
 by seed. The rule that draws rungs was chosen after the losses of these seeds were seen.
 
 """
-    header = ["trained for one plan", "cache", "loss", *(f"{name} above it" for name in FLEXIBLE)]
+    header = ["trained for one plan", "cache", "loss", *(f"{name} above it" for name in STOCHASTIC)]
     return Section(claims, text + markdown(header, rows), summary)

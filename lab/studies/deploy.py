@@ -2,8 +2,10 @@
 
 from contextlib import suppress
 
+import numpy as np
+
 from kv_router import Plan, PlanError, Route
-from lab.studies.workbench import Workbench
+from lab.studies.workbench import Workbench, seeded
 from sweep import sharing, spread
 
 
@@ -33,10 +35,15 @@ def deployed(bench: Workbench, run: str, share: float) -> str:
     text, so that it is not held-out text that chooses."""
     model, _ = bench.load(run)
     lowest = model.config.router_lowest
-    smaller = {x for x in bench.shares if x < share}
-    specs = [spec for x in {share, *smaller} for spec in deployments(bench.n_layer, x, lowest)]
+    shares = [share, *(x for x in bench.shares if x < share)]
+    specs = [spec for x in shares for spec in deployments(bench.n_layer, x, lowest)]
     fitting = []
     for spec in dict.fromkeys(specs):
         with suppress(PlanError):
             fitting.append(model.resolve(spec).spec)
     return min(fitting, key=lambda spec: bench.windows(run, spec, "train", 16).mean())
+
+
+def losses_within(bench: Workbench, settings: str, share: float) -> np.ndarray:
+    """The losses within a share of the cache, one per seed, under the plan that is best for the first."""
+    return bench.losses(settings, deployed(bench, seeded(settings)[0], share))

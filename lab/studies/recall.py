@@ -12,15 +12,14 @@ import torch
 import data
 from lab.studies.cache import FLEXIBLE, NORMAL, PAPER, SHARED
 from lab.studies.deploy import deployed
+from lab.studies.price import FROM_1, SHARED_FROM_0
 from lab.studies.report import Claim, Section, markdown, percent, spread
 from lab.studies.workbench import Workbench, seeded
 from plots import line, picture
 
 KEYS, VALUES = string.ascii_lowercase, string.ascii_uppercase
 PAIRS = (2, 4, 8, 16, 24)
-LESS = "--router_p=0.3"
-FROM_1 = "--router_p=0.3 --router_lowest=1"
-FROM_0 = "--plan=shared-v --router_p=0.3"
+FROM_0 = "--router_p=0.3"  # the paper's rule, with the p of FROM_1
 ONE_PLAN = "--plan=cla:4"
 TEXT = 1_000_000  # characters of text in the corpus, and more than that of puzzles
 
@@ -69,9 +68,9 @@ def study(bench: Workbench) -> Section:
     recipe = f"{bench.narrow} --dataset=recall --batch_size=32 --block_size=128 --max_iters={n_steps}"
     recipe += " --learning_rate=2e-3 --min_lr=2e-4"
     models = FLEXIBLE | {
-        "stochastic, the paper's rule, p = 0.3": LESS,
+        "stochastic, the paper's rule, p = 0.3": FROM_0,
         "stochastic, the paper's rule, p = 0.3, layer 0 never drawn": FROM_1,
-        "stochastic, V of layer 0, its K drawn too": FROM_0,
+        "stochastic, V of layer 0, its K drawn too": SHARED_FROM_0,
         "for one plan, CLA-4": ONE_PLAN,
     }
     runs = {name: f"{recipe} {settings}".strip() for name, settings in models.items()}
@@ -86,20 +85,19 @@ def study(bench: Workbench) -> Section:
                 rows.append([name, percent(share), *map(spread, found.T)])
         for ax, share in zip(axes, (1, 0.25)):
             for i, (name, settings) in enumerate(models.items()):
-                if (settings, share) not in right:
-                    continue
-                line(ax, PAIRS, right[settings, share].mean(0), i, name)
+                if (settings, share) in right:
+                    line(ax, PAIRS, right[settings, share].mean(0), i, name)
             ax.set(title=f"cache {percent(share)}", xlabel="pairs", xticks=PAIRS)
         axes[0].set_ylabel("values recalled")
     normal, paper, shared = ({s: right[m, s].mean(1) for s in bench.shares} for m in (NORMAL, PAPER, SHARED))
-    from_0, from_1 = right[LESS, 1].mean(1), right[FROM_1, 1].mean(1)  # the lowest layer that is drawn
+    from_0, from_1, drawn = (right[settings, 1].mean(1) for settings in (FROM_0, FROM_1, SHARED_FROM_0))
     loss, routed_loss, price = normal[1] - normal[0.25], paper[1] - paper[0.25], normal[1] - paper[1]
     claims = [
         Claim("A quarter of the cache costs a normal model recall", loss, "of values"),
         Claim("and one that is trained by the paper's rule less recall", loss - routed_loss, "of values"),
         Claim("The paper's rule costs recall at the full cache", price, "of values"),
         Claim("V of layer 0, its K never drawn, recalls more than it", shared[1] - paper[1], "of values"),
-        Claim("and more than if its K is drawn too", shared[1] - right[FROM_0, 1].mean(1), "of values"),
+        Claim("and more than if its K is drawn too", shared[1] - drawn, "of values"),
         Claim("The paper's rule recalls more if layer 0 is never drawn", from_1 - from_0, "of values"),
     ]
     shown = [f"{x[1].mean():.0%} ({x[0.25].mean():.0%} with a quarter)" for x in (normal, paper, shared)]
@@ -108,8 +106,8 @@ by the paper's rule {shown[1]}, and one with V of layer 0 {shown[2]}."""
     by_chance = ", ".join(f"{1 / n:.2f}" for n in PAIRS)
     text = f"""The share of values that are recalled, in 100 puzzles of so many pairs and as many questions.
 Whoever names any letter is right in 0.04, and whoever names any value of the context in {by_chance}.
-Models of width 64, trained for {n_steps:,} steps of 4,096 tokens, two thirds of them puzzles and one third
-Python source.
+Each model is trained with `{recipe}`.
+A third of that corpus is Python source, the rest puzzles.
 
 """
     header = ["trained", "cache", *(f"{n} pairs" for n in PAIRS)]

@@ -80,8 +80,12 @@ def provenance(bench: Workbench) -> str:
 def keep(bench: Workbench, name: str, section: Section) -> None:
     """Keep a study's section beside its pictures, for `write_results` in this sitting and later ones."""
     claims = [claim.row() for claim in section.claims]
-    part = {"claims": claims, "text": section.text, "summary": section.summary}
-    part["provenance"] = provenance(bench)
+    part = {
+        "claims": claims,
+        "text": section.text,
+        "summary": section.summary,
+        "provenance": provenance(bench),
+    }
     bench.pictures.mkdir(exist_ok=True)
     replace_file(bench.pictures / f"{name}.json", json.dumps(part, indent=1).encode() + b"\n")
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from cli import human
 from lab.studies.cache import FLEXIBLE, NORMAL, PAPER, SHARED
-from lab.studies.deploy import deployed
+from lab.studies.deploy import losses_within
 from lab.studies.report import Claim, Section, markdown, percent, spread
 from lab.studies.workbench import Workbench, seeded
 from plots import label_percentages, line, picture
@@ -16,8 +16,7 @@ def by_share(bench: Workbench, settings: str) -> dict[float, np.ndarray]:
     """The losses of a model, one per seed, within every share of the cache."""
     if settings.endswith(FUSED):
         return {0.5: bench.losses(settings)}
-    run = seeded(settings)[0]
-    return {share: bench.losses(settings, deployed(bench, run, share)) for share in bench.shares}
+    return {share: losses_within(bench, settings, share) for share in bench.shares}
 
 
 def study(bench: Workbench) -> Section:
@@ -38,7 +37,7 @@ def study(bench: Workbench) -> Section:
                 ax.errorbar(
                     shares, [x.mean() for x in values], [x.std(ddof=1) for x in values], ls="", color="grey"
                 )
-            label_percentages(ax, (0.125, 0.25, 0.5, 0.75, 1))
+            label_percentages(ax, (1 / bench.n_layer, 0.25, 0.5, 0.75, 1))
             ax.set(title=title, xlabel="KV cache, at most this share of a full one")
             rows = [
                 [name, *(spread(losses[s][share]) if share in losses[s] else "" for share in bench.shares)]
@@ -49,8 +48,9 @@ def study(bench: Workbench) -> Section:
             claims.append(
                 Claim(f"The paper's rule has a price at the full cache ({title})", losses[PAPER][1] - normal)
             )
-            for share, words in ((0.5, "half"), (bench.shares[-2], "a fifth of")):
-                better = f"With {words} the cache, V of layer 0, its K never drawn, beats a normal full one"
+            for share in (0.5, bench.shares[-2]):
+                with_less = f"With {percent(share)} of the cache, V of layer 0, its K never drawn,"
+                better = f"{with_less} beats a normal full one"
                 claims.append(Claim(f"{better} ({title})", normal - losses[SHARED][share]))
         axes[0].set_ylabel("held-out loss, nats per token")
     return Section(claims, text + "\n![loss against cache](PICTURES/scale.png)\n")

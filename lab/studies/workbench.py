@@ -33,8 +33,7 @@ class Workbench:
     name: str
     folder: Path
     base: list[str]
-    narrow: str  # settings of a narrower and of a wider model
-    wide: str
+    narrow: str  # settings of a narrower model
     n_layer: int
     steps: int
     used: list[str] = field(default_factory=list)  # the runs that the current study has asked for
