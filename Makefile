@@ -19,7 +19,7 @@ demo: .venv/installed
 	$(PY) sample.py --out_dir $(DEMO)/stochastic --plan full --plan cla:2 --plan keep:0 --start "def main(" --max_new_tokens 64
 	@echo "look at $(DEMO)/cache_vs_loss.png"
 
-results: .venv/installed
+results: .venv/installed-dev  # to fine-tune, the studies write and read Hugging Face folders
 	$(PY) -m lab.studies all
 
 test: .venv/installed-dev

@@ -162,7 +162,7 @@ def like_folder(given: dict, folder: str) -> TrainConfig:
     c = TrainConfig(**given)
     found = asdict(hf.read_config(folder, c.block_size))
     sizes = {f.name: found[f.name] for f in fields(TrainConfig) if f.name in found}
-    for name in set(sizes) & set(given) - {"plan", "forward_passes", "backward_passes"}:
+    for name in set(sizes) & set(given) - {"plan", "router_lowest", "forward_passes", "backward_passes"}:
         if sizes[name] != given[name]:
             raise UserError(f"--{name} {given[name]} contradicts {folder}, which has {sizes[name]}")
     return TrainConfig(**asdict(c) | sizes | given)

@@ -155,7 +155,7 @@ def bench(corpus, tmp_path, script, monkeypatch):
         name = "train.py" if "train" not in command else "lab/studies/__main__.py"
         status, _, err = script(name, *(["train"] if "train" in command else []), *words)
         assert status == 0, err
-        trained.append(words[-2])  # --out_dir
+        trained.append(words[-1])  # --out_dir
         return 0, ""
 
     def few_windows(model, tokens, n, *rest):
@@ -167,7 +167,7 @@ def bench(corpus, tmp_path, script, monkeypatch):
     monkeypatch.setattr("train.matmul_peak", lambda *_: 1e9)
     monkeypatch.setattr(framework, "TURNS", 1)
     monkeypatch.setattr(recall, "TEXT", 20_000)
-    tiny = Workbench("tiny", tmp_path / "out", base.split(), "--n_embd=8", n_layer=4, steps=12)
+    tiny = Workbench("tiny", tmp_path / "out", base.split(), "--n_embd=8", "--n_embd=32", n_layer=4, steps=12)
     monkeypatch.setitem(main.SETS, "cpu", tiny)
     tiny.trained = trained
     return tiny

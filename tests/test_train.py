@@ -643,6 +643,7 @@ def test_fine_tuning_and_conversion_start_from_a_folder(trained, corpus, tmp_pat
     tuned = tmp_path / "tuned"
     flags = [
         "--router_p=0.5",
+        "--router_lowest=1",
         "--max_iters=4",
         "--log_interval=1",
         f"--out_dir={tuned}",

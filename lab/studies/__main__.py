@@ -19,6 +19,7 @@ from lab.studies.workbench import Workbench
 STUDIES = {  # module -> title
     "cache": "Cache against loss",
     "scale": "Trained for longer",
+    "larger": "One size up",
     "price": "The price of flexibility",
     "dedicated": "Against models for one plan",
     "induction": "Induction",
@@ -28,6 +29,7 @@ STUDIES = {  # module -> title
     "regulariser": "A regulariser when data is short",
     "framework": "The nine configurations",
     "accuracy": "Accuracy by plan",
+    "finetune": "Fine-tuning for sharing",
 }
 
 SETS = {
@@ -35,20 +37,20 @@ SETS = {
         "cpu",
         Path("out/studies"),
         "config/demo.toml --n_kv_head=4 --max_iters=600 --eval_interval=200".split(),
-        narrow="--n_embd=64", n_layer=8, steps=600,
+        narrow="--n_embd=64", wide="--n_embd=256", n_layer=8, steps=600,
     ),
     "gpu": Workbench(
         "gpu",
         Path("out/studies-gpu"),
         "config/demo.toml --n_embd=256 --n_kv_head=4 --batch_size=64 --max_iters=600 --warmup_iters=60 "
         "--eval_interval=200 --eval_iters=2".split(),
-        narrow="--n_embd=128", n_layer=8, steps=600,
+        narrow="--n_embd=128", wide="--n_embd=512", n_layer=8, steps=600,
     ),
     "shakespeare": Workbench(
         "shakespeare",
         Path("out/studies-shakespeare"),
         ["config/shakespeare.toml"],
-        narrow="--n_embd=64", n_layer=4, steps=2000,
+        narrow="--n_embd=64", wide="--n_embd=256", n_layer=4, steps=2000,
     ),
 }  # fmt: skip
 

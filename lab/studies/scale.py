@@ -20,12 +20,17 @@ def by_share(bench: Workbench, settings: str) -> dict[float, np.ndarray]:
 
 
 def study(bench: Workbench) -> Section:
+    return compare(bench, ["", f"--max_iters={4 * bench.steps}"], "scale.png")
+
+
+def compare(bench: Workbench, sizes: list[str], file: str) -> Section:
+    """Losses by share of the cache, in one panel of the picture for each of `sizes`, settings that all models
+    there have."""
     models = FLEXIBLE | {"FusedKV": FUSED}
-    sizes = ["", f"--max_iters={4 * bench.steps}"]
     bench.train(run for size in sizes for s in models.values() for run in seeded(f"{size} {s}".strip()))
     claims, text = [], ""
-    with picture(bench.pictures / "scale.png", columns=len(sizes)) as axes:
-        for ax, size in zip(axes, sizes):
+    with picture(bench.pictures / file, columns=len(sizes), squeeze=False) as axes:
+        for ax, size in zip(axes[0], sizes):
             losses = {s: by_share(bench, f"{size} {s}".strip()) for s in models.values()}
             run = seeded(f"{size} {NORMAL}".strip())[0]
             n_parameters = sum(p.numel() for p in bench.load(run)[0].parameters())
@@ -52,5 +57,5 @@ def study(bench: Workbench) -> Section:
                 with_less = f"With {percent(share)} of the cache, V of layer 0, its K never drawn,"
                 better = f"{with_less} beats a normal full one"
                 claims.append(Claim(f"{better} ({title})", normal - losses[SHARED][share]))
-        axes[0].set_ylabel("held-out loss, nats per token")
-    return Section(claims, text + "\n![loss against cache](PICTURES/scale.png)\n")
+        axes[0, 0].set_ylabel("held-out loss, nats per token")
+    return Section(claims, text + f"\n![loss against cache](PICTURES/{file})\n")

@@ -34,6 +34,7 @@ class Workbench:
     folder: Path
     base: list[str]
     narrow: str  # settings of a narrower model
+    wide: str  # and of a wider one
     n_layer: int
     steps: int
     used: list[str] = field(default_factory=list)  # the runs that the current study has asked for
@@ -81,9 +82,9 @@ class Workbench:
         program = ["train.py"]
         if words and words[0] in VARIANTS:
             program = ["-m", "lab.studies", "train", words.pop(0)]
-        init = "resume" if any(self.path(run).glob("*.pt")) else "scratch"
-        own = [f"--out_dir={self.path(run)}", f"--init_from={init}"]
-        return [sys.executable, *program, *self.base, *words, *own]
+        if any(self.path(run).glob("*.pt")):  # it was stopped
+            words.append("--init_from=resume")
+        return [sys.executable, *program, *self.base, *words, f"--out_dir={self.path(run)}"]
 
     # --- measuring ---
 
