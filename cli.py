@@ -41,9 +41,15 @@ def suggest(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def program() -> str:
+    """The name of the script that runs, or of the package that `python -m` runs."""
+    folder, name = os.path.split(sys.argv[0])
+    return os.path.basename(folder) if name == "__main__.py" else name
+
+
 def run(main: Callable[[], None]):
     """Run a script's main(). A user's mistake becomes one line on standard error and exit status 2."""
-    script = os.path.basename(sys.argv[0])
+    script = program()
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a letter must not stop a run
         sys.stdout.reconfigure(errors="replace")
 
@@ -83,7 +89,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str):
         super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+            prog=program(),
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
 
     def parse_args(self) -> argparse.Namespace:

@@ -107,7 +107,8 @@ def refused(script):
             if not re.match(r"\r?(scoring|tokenizing|learning merges) ", line)
         ]
         assert status == 2 and len(lines) == 1, (status, err)
-        assert lines[0].startswith(f"{Path(name).name}: error: ")
+        shown = name.removesuffix("/__main__.py")
+        assert lines[0].startswith(f"{Path(shown).name}: error: ")
         return lines[0]
 
     return call
