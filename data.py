@@ -233,7 +233,7 @@ class TextStream:
 
 
 MAKE_AGAIN = "make the corpus again: python data.py (--help says how)"
-MAX_VOCAB = 1 << 20  # a number in a file must not fill the memory
+MAX_VOCAB = 1 << 20  # a damaged file must not make us allocate without bound
 
 
 def read_meta(folder: Path) -> dict:

@@ -291,7 +291,7 @@ def convert(model: GPT, plan: str, calibration: Iterable[Tensor] = ()) -> GPT:
     systems = {}  # (layer, "k" or "v") -> A and b of the normal equations A gate = b
     for idx in calibration:
         kv = SequenceKV(model.plan)
-        model.hidden(idx, model.plan, kv=kv)
+        model.hidden(idx, kv)
         for i, route in enumerate(new.plan.routes):
             for kind, sources, stored in (("k", route.k, kv.k), ("v", route.v, kv.v)):
                 if len(sources) > 1 and stored[i] is not None:

@@ -15,8 +15,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE in the half-split convention: features j and j + d/2 of x (B, heads, T, d) rotate together, by
-    an angle that grows with the position. cos and sin are (T, d); those of a pair are the same, but that
-    its first feature has -sin."""
+    an angle that grows with the position. cos and sin are (T, d); both features of a pair have the same ones,
+    except that the first has -sin."""
     a, b = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat((b, a), dim=-1), sin).type_as(x)
 
@@ -70,8 +70,8 @@ def attention(
 
 
 def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same with all scores at once, which in bfloat16 on a CPU is twice as fast in training as torch's
-    blocks, as long as the scores fit its caches."""
+    """As `attention`, but with all scores at once. In bfloat16 training on a CPU this is twice as fast as
+    torch's blockwise kernel, while the scores fit the CPU's caches."""
     (B, n_head, T, d), n_kv_head = q.shape, k.size(1)
     q = (q * d**-0.5).reshape(B * n_kv_head, -1, d)  # a group's queries below each other: (.., group * T, d)
     k, v = k.reshape(B * n_kv_head, T, d), v.reshape(B * n_kv_head, T, d)
@@ -97,13 +97,14 @@ def decode_attention(
 ) -> Tensor:
     """Attention of one query per sequence, q (B, n_head, 1, d), over the first `seen` cached positions. The
     sources are n blocks of the cache: keys (n, B, n_kv_head, BLOCK, d), values (n, B, n_kv_head, d, BLOCK).
-    `seen` is an int64 tensor, so that another value compiles nothing. Returns (B, n_head, 1, d), zeros where
-    nothing is seen.
+    `seen` is an int64 tensor, so that another value causes no recompilation. Returns (B, n_head, 1, d), zeros
+    where nothing is seen.
 
     Fusion costs no extra memory traffic here, because the gates move to the query and to the output:
         q . (a0 K0 + a1 K1) = (q a0) . K0 + (q a1) . K1        P (b0 V0 + b1 V1) = b0 (P V0) + b1 (P V1)."""
     (B, n_head, _, d), (n, _, n_kv_head) = q.shape, ks[0].shape[:3]
-    # Compiled, a cat is written to memory. Without it, q would be rotated again for every key.
+    # This leaves q as it is, but makes the compiler write it to memory. Otherwise its rotation would be fused
+    # into the loop over keys, and repeated for every one of them.
     q = torch.cat((q[..., : d // 2], q[..., d // 2 :]), dim=-1)
     q = q.reshape(B, n_kv_head, n_head // n_kv_head, d)
     folded = [q] if k_gates is None else [q * gate for gate in k_gates.type_as(q)]
@@ -151,7 +152,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     uses `dot`, and a CPU that emulates bfloat16 computes in float32."""
     if not torch.is_grad_enabled():
         on_cpu = x.device.type == "cpu"
-        few_rows = x.numel() // x.size(-1) <= (8 if on_cpu else 1)  # as measured; cuBLAS is soon the faster
+        few_rows = x.numel() // x.size(-1) <= (8 if on_cpu else 1)  # as measured; cuBLAS is fast from 2 on
         if few_rows and torch.compiler.is_compiling():
             y = dot(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
             return (y if bias is None else y + bias).type_as(x)
@@ -246,7 +247,7 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def compile_training(model: torch.nn.Module) -> None:
     """Compile what stays the same while plans change: the two steps of a layer, one graph for all layers, and
-    the loss. Plain Python routes between them, so a new plan compiles nothing."""
+    the loss. Plain Python routes between them, so a new plan causes no recompilation."""
     torch._dynamo.config.recompile_limit = 32  # own KV or not, fused or not, past only, with gradients
     for block in model.blocks:
         block.project, block.forward = torch.compile(block.project), torch.compile(block.forward)
@@ -256,8 +257,8 @@ def compile_training(model: torch.nn.Module) -> None:
 def compile_decoding(model: torch.nn.Module) -> None:
     """Compile a layer's step for a single position, one graph for all layers and for all plans of one form.
     Its sizes are fixed but for the number of cache blocks. Prompts spend their time in matrix products and
-    stay uncompiled, so that their lengths compile nothing. On a GPU, `GPT.decode` records the step as a
-    graph."""
+    stay uncompiled, so that a new length causes no recompilation. On a GPU, `GPT.decode` records the step as
+    a graph."""
     torch._dynamo.config.recompile_limit = 32
     # On a CPU, what multiplies every row of a weight must be normed and converted once, not once per row.
     options = {"realize_reads_threshold": 0} if model.embed.weight.device.type == "cpu" else None

@@ -27,8 +27,8 @@ class Route:
     v: tuple[int, ...]
 
 
-def own(layer: int) -> Route:
-    """The route of a layer that reads its own keys and values."""
+def both_of(layer: int) -> Route:
+    """The route of whoever reads the keys and the values of one layer."""
     return Route((layer,), (layer,))
 
 
@@ -65,7 +65,7 @@ class Plan:
     @cached_property
     def spec(self) -> str:
         """The canonical notation: equal plans have equal specs, and parsing one gives the plan back."""
-        kept = [i for i, route in enumerate(self.routes) if route == own(i)]
+        kept = [i for i, route in enumerate(self.routes) if route == both_of(i)]
         keep = "keep:" + ",".join(map(str, kept))
         for spec in ("full", keep, "shared-v", "fusedkv", "fusedkv-lite"):
             try:
@@ -152,7 +152,7 @@ class Plan:
 # notation is its argument, as text. To add one, write such a function and decorate it; nothing else needs
 # to change.
 
-MAX_LAYERS = 1000  # far above any model: a number in a file must not fill the memory
+MAX_LAYERS = 1000  # far above any model: a damaged file must not make us allocate without bound
 
 FAMILIES: dict[str, tuple[str, str, Callable[..., list[Route]]]] = {}  # name -> notation, meaning, function
 
@@ -169,7 +169,7 @@ def family(notation: str, meaning: str):
 
 def reading(sources: Iterable[int]) -> list[Route]:
     """The routes of layers that each read K and V of one source layer."""
-    return [own(j) for j in sources]
+    return [both_of(j) for j in sources]
 
 
 def halfway(n_layer: int) -> int:
@@ -304,7 +304,7 @@ def parse_routes(spec: str, n_layer: int) -> list[Route]:
             return build(n_layer, argument)
         if not colon:
             return build(n_layer)
-    elif re.match(r"[k0-9]", spec):
+    elif re.match(r"k?[0-9]", spec):
         return explicit(n_layer, spec)
     valid = [notation for notation, _, _ in FAMILIES.values()] + list(EXPLICIT)
     raise PlanError(f"no such plan; valid are {', '.join(valid)}, for example cla:2")
@@ -332,6 +332,7 @@ def quoted(text: str) -> str:
 # --- stochastic routing -----------------------------------------------------------------------------------
 
 # A rule draws the routes of a training step: rule(rng, base, p, step), where layer i's own route is base[i].
+# One that --router_lowest is to work with also takes `lowest`.
 Rule = Callable[[random.Random, Plan, float, int], list[Route]]
 
 
@@ -339,7 +340,8 @@ def uniform_below(rng: random.Random, base: Plan, p: float, step: int, lowest: i
     """The rule of arXiv 2604.22782: every layer i >= 1 follows its own route with probability 1 - p, and
     otherwise that of a layer drawn uniformly from 0 .. i-1. Layer 0 always follows its own.
 
-    With `lowest`, which is ours, layers below that are read by themselves alone."""
+    With `lowest`, which is ours, it is drawn from lowest .. i-1, so that no layer takes over the route of one
+    below `lowest`."""
     routes = []
     for i in range(len(base)):
         source = rng.randrange(lowest, i) if i > lowest and rng.random() < p else i
@@ -351,8 +353,8 @@ def uniform_below(rng: random.Random, base: Plan, p: float, step: int, lowest: i
 class StochasticRouter:
     """Random cross-layer attention (arXiv 2604.22782): the plan that each training step runs under.
 
-    `base` is the plan whose routes are drawn from, `rule` how they are drawn. `plan(step)` is a pure function
-    of the seed and the step, so a resumed run and every rank of a distributed one draw the same plans."""
+    `base` is the plan whose routes are drawn from, `rule` how they are drawn. `plan` is a pure function of
+    the seed and its arguments, so a resumed run and every rank of a distributed one draw the same plans."""
 
     n_layer: int
     p: float
@@ -373,8 +375,11 @@ class StochasticRouter:
     def base_plan(self) -> Plan:
         return Plan.parse(self.base, self.n_layer)
 
-    def plan(self, step: int) -> Plan:
-        rng = random.Random(f"{self.seed}:{step}")  # seeded by a hash of the text, the same on every machine
+    def plan(self, step: int, draw: int | None = None) -> Plan:
+        """The plan of a (micro-)step. `draw`, by default the step, numbers the random draws: with the same
+        numbers at every step, evaluations can be compared."""
+        number = step if draw is None else draw
+        rng = random.Random(f"{self.seed}:{number}")  # hashes the text, to the same seed on every machine
         return Plan(tuple(self.rule(rng, self.base_plan, self.p, step)))
 
 

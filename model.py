@@ -16,7 +16,7 @@ import kernels
 from costs import Shape
 from kv_router import Plan, PlanError
 
-MAX_CONTEXT = 1 << 20  # tokens: a number in a file must not fill the memory
+MAX_CONTEXT = 1 << 20  # tokens; a damaged file must not make us allocate without bound
 PREFILL_CHUNK = 1024  # prompt positions that run through the layers at once, which bounds memory
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines of the angles at T positions, (T, d) each
@@ -28,10 +28,10 @@ class GPTConfig(Shape):
 
     block_size: int = 256
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # Llama 3's, see GPT.rope_frequencies
+    rope_scaling: dict | None = None  # Llama 3's, see rope_frequencies
     norm_eps: float = 1e-5
     plan: str = "full"
-    router_lowest: int = 0  # trained so that layers below are read by themselves alone
+    router_lowest: int = 0  # no layer was trained to take over the route of one below this
     stop_tokens: list = field(default_factory=list)  # ids that end a text, besides the tokenizer's own
 
     def __post_init__(self):
@@ -93,10 +93,10 @@ class Attention(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Queries (B, nh, T, d), keys and values (B, nkv, T, d), as far as they are needed."""
         needed = ((self.q_proj, need_q), (self.k_proj, need_k), (self.v_proj, need_v))
-        outputs = iter(kernels.linears(h, [proj for proj, need in needed if need]))
-        q, k, v = (self.heads(next(outputs)) if need else None for _, need in needed)
-        q = self.norm_and_rotate(q, self.q_norm, rope) if need_q else None
-        k = self.norm_and_rotate(k, self.k_norm, rope) if need_k else None
+        outputs = [self.heads(y) for y in kernels.linears(h, [proj for proj, need in needed if need])]
+        v = outputs.pop() if need_v else None
+        k = self.norm_and_rotate(outputs.pop(), self.k_norm, rope) if need_k else None
+        q = self.norm_and_rotate(outputs.pop(), self.q_norm, rope) if need_q else None
         return q, k, v
 
     def forward(
@@ -198,7 +198,7 @@ class SequenceKV:
 
 class KVCache:
     """The keys and values of up to `max_len` positions, of exactly those layers that `plan` stores. `length`
-    positions are filled; setting it to 0 makes the cache new. `bytes` is what is allocated.
+    positions are filled; set it to 0 to use the cache anew. `bytes` is what is allocated.
 
     Positions lie in whole blocks of kernels.BLOCK: k[i] is (n, B, nkv, BLOCK, d) and v[i] (n, B, nkv, d,
     BLOCK). Decoding sums key times query over features, and weight times value over positions; this way both
@@ -248,7 +248,7 @@ class KVCache:
         n = self.n_blocks if self.fixed else max(2, -(-self.length // kernels.BLOCK))
         ks, vs = ({i: t[:n] for i, t in stores.items()} for stores in (self.k, self.v))
         for view in (*ks.values(), *vs.values()):
-            torch._dynamo.mark_dynamic(view, 0)  # another number of blocks compiles nothing
+            torch._dynamo.mark_dynamic(view, 0)  # another number of blocks causes no recompilation
         return ks, vs
 
 
@@ -369,27 +369,27 @@ class GPT(nn.Module):
         and backward_passes with. After n passes the first n positions are exact, so T passes always
         suffice. Without gradients, iteration also stops when nothing changes any more."""
         B, T, _ = x.shape
-        training = torch.is_grad_enabled()
-        with_gradient = passes or self.config.backward_passes
+        with_gradients = torch.is_grad_enabled()
+        n_with = passes or self.config.backward_passes
         limit = min(T, passes or self.config.forward_passes + self.config.backward_passes)
         zeros = x.new_zeros(B, self.config.n_kv_head, T, self.config.head_dim)
         for i in range(low, high + 1):
             kv.put(i, zeros if i in kv.plan.k_layers else None, zeros if i in kv.plan.v_layers else None)
         before, change = None, float("inf")
         for n in range(1, limit + 1):
-            with torch.set_grad_enabled(training and n > limit - with_gradient):
+            with torch.set_grad_enabled(with_gradients and n > limit - n_with):
                 y = x
                 for i in range(low, high):
                     y = self.layer(i, y, kv)
                 if n < limit:  # of layer `high`, the next pass needs only what the others read
                     self.project(high, y, kv, need_q=False)
-            if not training and n > 1:
+            if not with_gradients and n > 1:
                 change = float((y - before).abs().max() / before.abs().max())
-            if n == T or change <= 4 * torch.finfo(y.dtype).eps:
-                change = 0.0  # exact: what is left is rounding
+            exact = n == T or change <= 4 * torch.finfo(y.dtype).eps  # what is left is rounding
+            if exact:
                 break
             before = y
-        kv.passes, kv.change = max(kv.passes, n), max(kv.change, change)
+        kv.passes, kv.change = max(kv.passes, n), max(0.0 if exact else change, kv.change)
         return y
 
     def forward(
@@ -409,7 +409,7 @@ class GPT(nn.Module):
                 raise ValueError(f"this cache is for generation under plan {cache.plan.spec!r}; make another")
             self.check_fits(cache.length + idx.size(1), min(cache.max_len, self.config.block_size))
             return (self.decode if idx.size(1) == 1 else self.prefill)(idx, cache), None
-        x = self.hidden(idx, self.resolve(plan))
+        x = self.hidden(idx, SequenceKV(self.resolve(plan)))
         if targets is None:
             return self.head(x[:, -1:]), None
         return None, kernels.mean_cross_entropy(self.norm(x), self.lm_head.weight, targets, self.loss_chunk)
@@ -421,13 +421,10 @@ class GPT(nn.Module):
                 "shorten the prompt or ask for less"
             )
 
-    def hidden(
-        self, idx: Tensor, plan: Plan, passes: int | None = None, kv: SequenceKV | None = None
-    ) -> Tensor:
-        """The residual stream above the last layer, (B, T, C), of a whole sequence, idx (B, T). `kv` is
-        left with the keys and values of all layers."""
+    def hidden(self, idx: Tensor, kv: SequenceKV, passes: int | None = None) -> Tensor:
+        """The residual stream above the last layer, (B, T, C), of a whole sequence, idx (B, T), under the
+        plan of `kv`, which is left with the keys and values of the stored layers."""
         self.check_fits(idx.size(1), self.config.block_size)
-        kv = kv or SequenceKV(plan)
         kv.rope = self.rope(torch.arange(idx.size(1), device=idx.device))
         return self.run_layers(self.embed(idx), kv, passes)
 
@@ -437,7 +434,7 @@ class GPT(nn.Module):
 
     def losses(self, idx: Tensor, targets: Tensor, plan: Plan | str | None = None) -> Tensor:
         """The loss of every position, (B, T), in nats, for evaluation."""
-        x = self.norm(self.hidden(idx, self.resolve(plan)))
+        x = self.norm(self.hidden(idx, SequenceKV(self.resolve(plan))))
         return kernels.cross_entropy(x, self.lm_head.weight, targets)
 
     def logits(self, idx: Tensor, plan: Plan | str | None = None, passes: int | None = None) -> Tensor:
@@ -445,7 +442,7 @@ class GPT(nn.Module):
         times, by default until it is exact; passes below 1 raise ValueError."""
         if passes is not None and passes < 1:
             raise ValueError(f"passes {passes} is not valid; it must be 1 or more")
-        x = self.hidden(idx, self.resolve(plan), passes or idx.size(1))
+        x = self.hidden(idx, SequenceKV(self.resolve(plan)), passes or idx.size(1))
         return self.lm_head(self.norm(x))
 
     # --- generation ---
@@ -460,7 +457,7 @@ class GPT(nn.Module):
         for part in idx.split(PREFILL_CHUNK, dim=1):
             cache.rope = self.rope(cache.extend(part.size(1)))
             x = self.run_layers(self.embed(part), cache, until=top)
-        last = x.narrow_copy(1, x.size(1) - 1, 1)  # copied, so that no stride depends on T and compiles anew
+        last = x.narrow_copy(1, x.size(1) - 1, 1)  # strides of a view would depend on T: recompiled
         return self.head(self.last_position(last, cache, first=top))
 
     def decode(self, idx: Tensor, cache: KVCache) -> Tensor:
@@ -505,20 +502,21 @@ class GPT(nn.Module):
         `n_vocab` tokens are drawn, where a model has more of them than its tokenizer. Raises ValueError at
         once, before the first token, where the tokens asked for do not fit the context or the cache."""
         B, T = idx.shape
-        if cache is None:
-            plan = self.resolve(plan)
-            cache = KVCache(self.config, plan, B, T + max_new_tokens, self.embed.weight.dtype, idx.device)
-        total = cache.length + T + max_new_tokens
+        before = cache.length if cache else 0
+        total = before + T + max_new_tokens
         if T < 1 or total > self.config.block_size:
-            filled = f" after the {cache.length} in the cache" if cache.length else ""
+            filled = f" after the {before} in the cache" if before else ""
             raise ValueError(
                 f"a prompt of {T} tokens and {max_new_tokens} new ones{filled} do not fit the context of "
                 f"{self.config.block_size} tokens (1 prompt token at least)"
             )
+        if cache is None:
+            plan = self.resolve(plan)
+            cache = KVCache(self.config, plan, B, total, self.embed.weight.dtype, idx.device)
         if total - 1 > cache.max_len:  # the last new token is not fed back
             raise ValueError(
                 f"{T} tokens and {max_new_tokens} new ones do not fit a cache of {cache.max_len} positions, "
-                f"{cache.length} of them taken; make a longer one"
+                f"{before} of them taken; make a longer one"
             )
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         pieces = idx.split(1, dim=1) if exact_prefill else [idx]

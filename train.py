@@ -53,6 +53,9 @@ def learning_rate(step: int, c: TrainConfig) -> float:
     return c.min_lr + 0.5 * (1 + math.cos(math.pi * min(done, 1))) * (c.learning_rate - c.min_lr)
 
 
+MOMENTUM = 0.95  # Muon's
+
+
 class Muon(torch.optim.AdamW):
     """Muon (Jordan, 2024) for parameter groups with `muon`, AdamW for the others. A matrix moves along its
     momentum made orthogonal, scaled to the size of AdamW's steps (arXiv 2502.16982), so that both can share
@@ -75,12 +78,12 @@ class Muon(torch.optim.AdamW):
         if not matrices:
             return
         for p in matrices:
-            if not self.state[p]:  # `step` is for AdamW, which wants one of every state that it loads
+            if not self.state[p]:  # AdamW.load_state_dict expects a `step` in every parameter's state
                 self.state[p] |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}
         gradients, momenta = [p.grad for p in matrices], [self.state[p]["momentum"] for p in matrices]
-        torch._foreach_lerp_(momenta, gradients, 0.05)
-        updates = torch._foreach_mul(gradients, 0.05)  # Nesterov's
-        torch._foreach_add_(updates, momenta, alpha=0.95)
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        updates = torch._foreach_mul(gradients, 1 - MOMENTUM)  # Nesterov's
+        torch._foreach_add_(updates, momenta, alpha=MOMENTUM)
         by_shape = {}  # matrices of one shape are made orthogonal together
         for p, update in zip(matrices, updates):
             update = update.full_tensor() if isinstance(update, DTensor) else update
@@ -94,18 +97,19 @@ class Muon(torch.optim.AdamW):
                 p.add_(direction, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
 
 
-# Three polynomials a x + b x^3 + c x^5, of which each brings singular values, from 0.01 to 1 at first, as
-# close to 1 as one can: to 1 +- 0.92, then 0.71, then 0.27 (minimax, after arXiv 2505.16932).
+# Coefficients of three polynomials a x + b x^3 + c x^5, applied in turn: the first takes singular values from
+# [0.01, 1] to 1 +- 0.92, the second to 1 +- 0.71, the third to 1 +- 0.27. Each is the minimax choice for what
+# it is given (after arXiv 2505.16932).
 POLYNOMIALS = ((8.0914, -23.6111, 17.4378), (3.6362, -2.7213, 0.5364), (2.6615, -1.9773, 0.4526))
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """For each matrix (n, a, b) = U S V^T about U V^T: an odd polynomial of a matrix is that of its
-    singular values."""
+    """About U V^T for each matrix U S V^T of x, (n, a, b): an odd polynomial of a matrix acts on its singular
+    values alone."""
     if x.size(1) > x.size(2):
         return orthogonal(x.mT).mT
     gram = x @ x.mT  # (n, a, a)
-    # Its norm is at least the square of the largest singular value, and with many of one size not much more.
+    # The norm of the Gram matrix bounds the largest squared singular value, more tightly than that of x does.
     size = 1.02 * gram.norm(dim=(1, 2), keepdim=True).clamp(min=1e-14)
     x, gram = x / size.sqrt(), gram / size
     for i, (a, b, c) in enumerate(POLYNOMIALS):
@@ -171,8 +175,8 @@ class Trainer:
         self.unchecked: list[Tensor] = []  # loss and gradient norm of steps that no one has looked at yet
         self.pace, self.paused = Pace(), 0.0  # seconds spent on evaluating and saving
 
-    def loop(self) -> int | None:
-        """Train from the run's step to the last. Returns the number of a signal that stopped it earlier."""
+    def loop(self) -> tuple[int, int] | None:
+        """Train from the run's step to the last. Returns the step and the signal that stopped it earlier."""
         c = self.c
         self.pace.mark(time.monotonic(), self.run.start)
         with Signals() as signals:
@@ -180,14 +184,14 @@ class Trainer:
                 stopping = self.any_signal(signals, step)
                 self.look(step, stopping)
                 if stopping:
-                    return signals.received or signal.SIGTERM  # which another rank has heard of
+                    return step, signals.received or signal.SIGTERM  # another rank received it
                 if step < c.max_iters:
                     self.train_step(step)
                     if (step + 1) % c.log_interval == 0 or step + 1 == c.max_iters or signals.received:
                         self.report(step + 1)
 
     def train_step(self, step: int) -> None:
-        """One step of the optimizer, on gradient_accumulation_steps batches, each under a plan of its own."""
+        """One step of the optimizer, on gradient_accumulation_steps batches. A router draws each a plan."""
         c = self.c
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, c)
@@ -241,7 +245,9 @@ class Trainer:
         row = {"val_loss": loss, "val_bpb": self.val_tokens.bits_per_byte(loss)}
         note = ""
         if self.router:  # the full cache is only one of the plans it trains: the best step is best over draws
-            goal = row["val_loss_routed"] = self.held_out_loss(step, self.router.plan)
+            # The same draws at every evaluation, by the rule as it is at this step.
+            draw = partial(self.router.plan, self.c.micro_steps(step, step + 1)[0])
+            goal = row["val_loss_routed"] = self.held_out_loss(step, draw)
             note = f"  {goal:.4f} over drawn plans"
         print(f"step {step:5}  val {loss:.4f} nats/token  {row['val_bpb']:.4f} bits/byte{note}", flush=True)
         self.run.log(step, **row, tokens=step * self.c.tokens_per_step)
@@ -313,9 +319,10 @@ class Trainer:
 
 
 def check_memory(c: TrainConfig, device: str) -> None:
-    """UserError where the weights, gradients and two moments exceed the device's memory."""
+    """UserError where the weights, gradients and moments of the layers exceed the device's memory."""
     n_params = costs(Plan.parse(c.plan, c.n_layer), c.model_config(vocab_size=1)).params
-    need, have = 16 * n_params, device_memory(device) * (parallel.RANKS if c.shard else 1)
+    n_bytes = 12 if c.optimizer == "muon" else 16  # AdamW has two moments, Muon one
+    need, have = n_bytes * n_params, device_memory(device) * (parallel.RANKS if c.shard else 1)
     if need > have:
         raise UserError(
             f"{human(n_params)} parameters need {human(need, 'B')} to train and {device} has "
@@ -344,6 +351,8 @@ def make_model(c: TrainConfig, vocab_size: int, path: Path | None, checkpoint: d
     if checkpoint:
         return model_from(path, checkpoint, kind)
     if c.init_from.startswith("hf:"):
+        if kind is not GPT:
+            raise UserError(f"--init_from={c.init_from} makes a GPT, not a {kind.__name__}; leave it out")
         model = hf.pretrained(c.init_from[3:], c.plan, Path(c.data_dir) / c.dataset, c.block_size)
         model.config.forward_passes, model.config.backward_passes = c.forward_passes, c.backward_passes
         model.config.router_lowest = c.router_lowest
@@ -367,6 +376,7 @@ def main(rule: Rule = uniform_below, model_class: type[GPT] = GPT) -> None:
     corpus = corpus_of(c, checkpoint)
     if checkpoint and checkpoint["step"] >= c.max_iters:
         print(f"{c.out_dir}: all {checkpoint['step']} steps are done; more: --max_iters")
+        parallel.leave()
         return
     model = make_model(c, corpus["vocab_size"], path, checkpoint, model_class)
     n_params = sum(p.numel() for p in model.parameters())
@@ -396,12 +406,13 @@ def main(rule: Rule = uniform_below, model_class: type[GPT] = GPT) -> None:
     print(f"{device_name(device)}, {dtype} ({trainer.dtype_reason}), {compiling}")
     if checkpoint:
         print(f"resumed after step {run.start}, from {path}")
-    received = trainer.loop()
+    stopped = trainer.loop()
     parallel.leave()
-    if received:
+    if stopped:
+        step, number = stopped
         command = f"python train.py --out_dir={c.out_dir} --init_from=resume"
-        print(f"stopped and saved after step {run.last_good[1]}; go on: {command}")
-        sys.exit(128 + received)
+        print(f"stopped and saved after step {step}; go on: {command}")
+        sys.exit(128 + number)
     over = " over drawn plans" if router else ""
     best = f"best val {run.best:.4f} nats/token, {trainer.val_tokens.bits_per_byte(run.best):.4f} bits/byte"
     print(f"{c.out_dir}: {duration(run.seconds)}, {best}{over}")

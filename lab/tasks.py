@@ -29,7 +29,7 @@ from cli import Parser, Progress, UserError, first_line, suggest, table, write_l
 from devices import pick_device
 from hf import load_hf
 from kv_router import Plan
-from model import GPT
+from model import GPT, SequenceKV
 from runs import load_run
 from sweep import around, auto_plan, choose, run_name
 
@@ -64,7 +64,7 @@ def continuations(
         report(start / len(inputs))
         batch = inputs[start : start + batch_size]
         idx = pad_sequence([torch.tensor(row) for row in batch], batch_first=True).to(device)  # (B, T)
-        x = model.hidden(idx, plan, passes=idx.size(1))  # (B, T, C)
+        x = model.hidden(idx, SequenceKV(plan), passes=idx.size(1))  # (B, T, C)
         asked = [(i, h[: len(row)]) for row, h in zip(batch, x) for i in by_input[row]]
         sizes = [len(pairs[i][1]) for i, _ in asked]
         ends = torch.cat([h[-n:] for n, (_, h) in zip(sizes, asked)])  # (N, C)

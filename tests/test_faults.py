@@ -228,6 +228,7 @@ def test_two_ranks(corpus, tmp_path, script, fault):
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks))
     step = load_checkpoint(out / "ckpt.pt")["step"]
     if "kill" not in fault:
+        assert 'train.py", line' not in output, output  # no traceback but torchrun's own
         assert f"stopped and saved after step {step}; go on: python train.py" in output, output
     line = [f"--out_dir={out}", "--init_from=resume", f"--max_iters={step + 2}"]
     assert script("train.py", *line)[0] == 0  # on one device

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, acyclic_plans
 
 from costs import Shape, costs
-from kv_router import Plan, PlanError, Route, StochasticRouter, own
+from kv_router import Plan, PlanError, Route, StochasticRouter, both_of
 
 
 def sources(spec: str, n_layer: int) -> str:
@@ -120,6 +120,7 @@ def test_what_is_stored():
         ("nonsense", "no such plan"),
         ("", "no such plan"),
         ("keep:1,2", "layer 0 is not kept"),
+        ("kept:0,2", "no such plan; valid are full, keep"),
         ("keep:0,4", "layer '4' is not valid; valid are the whole numbers 0 to 3"),
         ("keep:", "layer ''"),
         ("keep:0,-1", "layer '-1'"),
@@ -229,7 +230,7 @@ def test_the_rule_of_the_router_can_be_replaced():
     def nearest_below(rng, base, p, step):
         """Even steps share everything that can be, odd ones what the dice say."""
         shared = [i > 0 and (step % 2 == 0 or rng.random() < p) for i in range(len(base))]
-        return [base[i - 1] if shared[i] else own(i) for i in range(len(base))]
+        return [base[i - 1] if shared[i] else both_of(i) for i in range(len(base))]
 
     router = StochasticRouter(6, 0.5, seed=1, base="shared-v", rule=nearest_below)
     assert router.plan(4) == Plan.parse("0_k0v0_k1v0_k2v0_k3v0_k4v0", 6)

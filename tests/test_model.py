@@ -413,6 +413,8 @@ def test_context_limits():
     assert model.generate(tokens(1, 5), 3).shape == (1, 8)
     with pytest.raises(ValueError, match="5 tokens and 4 new ones do not fit the context of 8"):
         model.generate(tokens(1, 5), 4)
+    with pytest.raises(ValueError, match="do not fit"):
+        model.generate(tokens(1, 5), 10**15)  # before memory is taken for them
     with pytest.raises(ValueError, match="9 positions do not fit the context of 8"):
         model.logits(tokens(1, 9))
     cache = KVCache(model.config, model.plan, 1, 4)
