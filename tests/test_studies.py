@@ -11,8 +11,8 @@ from conftest import make_model
 
 import data
 import lab.studies.__main__ as main
-from kv_router import Plan, StochasticRouter, own
-from lab.studies import framework, induction, recall, workbench
+from kv_router import Plan, StochasticRouter, both_of
+from lab.studies import framework, induction, recall, variants, workbench
 from lab.studies.deploy import deployments
 from lab.studies.report import Claim
 from lab.studies.variants import VARIANTS, BeforeRope, Even, Untied
@@ -32,7 +32,7 @@ def test_rules_draw_what_they_say(name):
         return
     assert len(set(plans)) > 50
     assert all(
-        route in [own(j) for j in range(i + 1)] for plan in plans for i, route in enumerate(plan.routes)
+        route in [both_of(j) for j in range(i + 1)] for plan in plans for i, route in enumerate(plan.routes)
     )
 
 
@@ -40,7 +40,7 @@ def test_falling_ends_and_rising_starts_with_the_full_plan():
     falling, rising = (StochasticRouter(8, 0.5, seed=3, **VARIANTS[name]) for name in ("falling", "rising"))
     assert rising.plan(0).spec == falling.plan(600).spec == "full"
     for first, last in ((rising.plan(20), rising.plan(599)), (falling.plan(580), falling.plan(1))):
-        moved = [sum(route != own(i) for i, route in enumerate(plan.routes)) for plan in (first, last)]
+        moved = [sum(route != both_of(i) for i, route in enumerate(plan.routes)) for plan in (first, last)]
         assert moved[0] < moved[1]
 
 
@@ -132,13 +132,12 @@ def test_deployments_fit_their_share():
 
 def test_verdicts_follow_from_the_spread_over_seeds():
     def verdict(*effects):
-        return Claim("", effects).row()[-1]
+        return Claim("", "", effects).row()[-1]
 
     assert verdict(0.1, 0.11, 0.12) == "appeared" and verdict(-0.1, -0.11, -0.12) == "opposite"
-    assert verdict(0.1, 0.0, 0.2) == "did not appear"  # 0.1 with an interval of +- 0.25
+    assert verdict(0.1, 0.0, 0.2) == "not shown"  # 0.1 with an interval of +- 0.25
     assert verdict(0.5) == "one seed, no verdict"
-    assert Claim("", [0.1, 0.11, 0.12], verdict="untestable").row()[-1] == "untestable"
-    assert Claim("", [0.1, 0.11, 0.12]).row()[1:3] == ["+0.110 nats", "± 0.025"]  # 4.30 * 0.01 / sqrt(3)
+    assert Claim("", "", [0.1, 0.11, 0.12]).row()[2:4] == ["+0.110 nats", "± 0.025"]  # 4.30 * 0.01 / sqrt(3)
 
 
 @pytest.fixture
@@ -199,7 +198,17 @@ def test_every_study_from_runs_to_results(bench, script):
     assert status == 0 and bench.trained == before and Path("RESULTS_TINY.md").read_text() == text
 
 
-VERDICTS = {"appeared |", "did not appear |", "opposite |"}
+def test_a_run_of_other_settings_is_trained_anew(bench):
+    bench.train(["--seed=0"])
+    bench.measured("--seed=0", "it", lambda: [1])
+    bench.train(["--seed=0"])
+    assert len(bench.trained) == 1 and bench.measured("--seed=0", "it", lambda: [2]) == 1
+    bench.base = [*bench.base, "--weight_decay=0.2"]
+    bench.train(["--seed=0"])
+    assert len(bench.trained) == 2 and bench.measured("--seed=0", "it", lambda: [2]) == 2
+
+
+VERDICTS = {"appeared |", "not shown |", "opposite |"}
 
 
 def test_a_variation_passes_its_rule_and_its_model(corpus, tmp_path, script):
@@ -213,6 +222,17 @@ def test_a_variation_passes_its_rule_and_its_model(corpus, tmp_path, script):
     assert model.blocks[3].attn.k_gate.size(-1) == 2 * make_model("fusedkv").blocks[3].attn.k_gate.size(-1)
     with pytest.raises(ValueError, match="does not hold the model"):
         load_run(out, model_class=GPT)
+
+
+def test_a_rule_that_changes_is_evaluated_as_it_is_at_the_step(corpus, tmp_path, script, monkeypatch):
+    """At the end `falling` draws the full plan alone, and is evaluated so."""
+    from test_train import flags, read_log
+
+    monkeypatch.setattr(variants, "STEPS", 4)
+    given = flags(corpus, tmp_path / "run", max_iters=4, eval_interval=4, router_p=1)
+    assert script("lab/studies/__main__.py", "train", "falling", *given)[0] == 0
+    losses, routed = read_log(tmp_path / "run", "val_loss"), read_log(tmp_path / "run", "val_loss_routed")
+    assert losses[0] != routed[0] and losses[4] == routed[4]
 
 
 def test_mistakes(refused):

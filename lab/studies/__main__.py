@@ -18,8 +18,7 @@ from lab.studies.workbench import Workbench
 
 STUDIES = {  # module -> title
     "cache": "Cache against loss",
-    "scale": "Trained for longer",
-    "larger": "One size up",
+    "scale": "Longer and larger",
     "price": "The price of flexibility",
     "dedicated": "Against models for one plan",
     "induction": "Induction",

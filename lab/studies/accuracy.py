@@ -6,11 +6,11 @@ import torch
 from kv_router import Plan
 from lab.studies.cache import NORMAL, PAPER, SHARED
 from lab.studies.deploy import deployments
-from lab.studies.report import Claim, Section, markdown, percent, spread
+from lab.studies.report import ROUTING, Claim, Section, markdown, mean_std, percent
 from lab.studies.workbench import Workbench, seeded
 
 SHARES = (1, 0.5, 0.25)
-MODELS = {"normal": (NORMAL, 0), "stochastic": (PAPER, 0), "stochastic, V of layer 0": (SHARED, -1)}
+MODELS = {"normal": (NORMAL, 0), "stochastic": (PAPER, 0), "stochastic shared-v": (SHARED, -1)}
 
 
 @torch.no_grad()
@@ -42,15 +42,16 @@ def study(bench: Workbench) -> Section:
             right[name, share] = np.array(
                 [right_choices(bench, run, plan).mean() for run in seeded(settings)]
             )
-        rows.append([name, *(spread(right[name, share]) for share in SHARES)])
+        rows.append([name, *(mean_std(right[name, share]) for share in SHARES)])
     lost = {name: right[name, 1] - right[name, 0.25] for name in MODELS}
+    unit = "of answers"
     claims = [
-        Claim("A quarter of the cache costs a normal model accuracy", lost["normal"], "of answers"),
-        Claim("and a stochastic model less accuracy", lost["normal"] - lost["stochastic"], "of answers"),
+        Claim(ROUTING, "A normal model is less accurate with a quarter of the cache", lost["normal"], unit),
+        Claim(ROUTING, "A stochastic one loses less than that", lost["normal"] - lost["stochastic"], unit),
     ]
     shared = percent(Plan.parse("shared-v", bench.n_layer).cache_ratio)
     text = f"""A piece of held-out text, and its true continuation against three pieces from elsewhere; 256
-questions, chance is 0.25. With V of layer 0 for all, {shared} of the cache stands for 100%.
+questions, chance is 0.25. The whole cache of shared-v is {shared} of a full one.
 
 """
     return Section(claims, text + markdown(["accuracy at a cache of", "100%", "50%", "25%"], rows))

@@ -1,62 +1,103 @@
-"""Cache against loss: one checkpoint under many plans, trained normally and in two ways stochastically."""
+"""Cache against loss: one checkpoint under many plans, however it was trained."""
 
-from costs import costs
+import numpy as np
+
+from cli import human
 from kv_router import Plan
-from lab.studies.deploy import deployed, even_plan
-from lab.studies.report import Claim, Section, markdown, percent, spread
+from lab.studies.deploy import losses_within
+from lab.studies.report import FUSION, OURS, ROUTING, Claim, Section, markdown, mean_std, percent
 from lab.studies.workbench import Workbench, seeded
-from sweep import draw
+from plots import label_percentages, line, picture
 
 NORMAL, PAPER = "", "--router_p=0.5"
 SHARED = "--plan=shared-v --router_p=0.3 --router_lowest=1"
-FLEXIBLE = {
-    "normal": NORMAL,
-    "stochastic, the paper's rule": PAPER,
-    "stochastic, V of layer 0, its K never drawn": SHARED,
-}
+FLEXIBLE = {"normal": NORMAL, "stochastic": PAPER, "stochastic shared-v": SHARED}
+# What routing adds to shared-v shows beside shared-v alone. FusedKV is the best model for one plan.
+MODELS = FLEXIBLE | {"shared-v, not routed": "--plan=shared-v", "FusedKV": "--plan=fusedkv"}
+
+Losses = dict[str, dict[float, np.ndarray]]  # name of a model -> share of the cache -> one loss per seed
+
+
+def train_models(bench: Workbench, sizes: list[str]) -> None:
+    """MODELS in several sizes, each given by settings such as --n_embd=256."""
+    bench.train(run for size in sizes for s in MODELS.values() for run in seeded(f"{size} {s}".strip()))
+
+
+def by_share(bench: Workbench, size: str) -> Losses:
+    """The losses of MODELS of one size, within every share of the cache."""
+    losses = {}
+    for name, settings in MODELS.items():
+        settings = f"{size} {settings}".strip()
+        if name == "FusedKV":  # it has one plan, for half the cache
+            half = bench.losses(settings)
+            losses[name] = {share: half for share in bench.shares if share >= 0.5}
+        else:
+            losses[name] = {share: losses_within(bench, seeded(settings), share) for share in bench.shares}
+    return losses
+
+
+def describe(bench: Workbench, size: str) -> str:
+    """How large the models of a size are, and how long they were trained."""
+    run = seeded(size)[0]
+    n_parameters = sum(p.numel() for p in bench.load(run)[0].parameters())
+    return f"{human(n_parameters)} parameters, {human(bench.log(run, 'tokens')[1][-1])} tokens"
+
+
+def draw(ax, losses: Losses, title: str) -> None:
+    """Losses against the share of the cache, with their standard deviation over seeds."""
+    for i, (name, found) in enumerate(losses.items()):
+        means = [x.mean() for x in found.values()]
+        line(ax, list(found), means, i, name)
+        ax.errorbar(list(found), means, [x.std(ddof=1) for x in found.values()], ls="", color="grey")
+    label_percentages(ax, losses["normal"])
+    ax.set(title=title, xlabel="KV cache, at most this share of a full one")
+
+
+def table(losses: Losses) -> str:
+    shares = list(losses["normal"])
+    rows = [
+        [name, *(mean_std(found[share]) if share in found else "" for share in shares)]
+        for name, found in losses.items()
+    ]
+    return markdown(["loss at a cache of at most", *map(percent, shares)], rows)
+
+
+def claims(bench: Workbench, losses: Losses, where: str = "") -> list[Claim]:
+    normal, paper, shared, unrouted, fused = losses.values()
+    found = [(OURS, "Stochastic routing has a price at the full cache", paper[1] - normal[1])]
+    for share, words in ((0.5, "half"), (0.25, "a quarter of")):
+        rise, routed_rise = normal[share] - normal[1], paper[share] - paper[1]
+        found.append((ROUTING, f"A normal model gets worse with {words} the cache", rise))
+        found.append((ROUTING, f"A stochastic one loses less with {words} the cache", rise - routed_rise))
+    for share in (0.5, bench.shares[-2]):
+        text = f"Stochastic shared-v with {percent(share)} of the cache beats a normal model with all of it"
+        found.append((OURS, text, normal[1] - shared[share]))
+    found.append((OURS, "Routing costs shared-v loss, each with all its cache", shared[1] - unrouted[1]))
+    text = "and gains some where a quarter is left: shared-v"
+    found.append((OURS, text, unrouted[0.25] - shared[0.25]))
+    found.append((FUSION, "FusedKV beats a normal model with all its cache", normal[1] - fused[0.5]))
+    return [Claim(source, text + where, effects) for source, text, effects in found]
 
 
 def study(bench: Workbench) -> Section:
-    n = bench.n_layer
-    bench.train(run for settings in FLEXIBLE.values() for run in seeded(settings))
-    model, _ = bench.load(seeded(NORMAL)[0])
-    full = costs(model.plan, model.config).cache_bytes_per_token  # bf16
-    rows, points, losses = [], [], {}
-    for name, settings in FLEXIBLE.items():
-        for share in bench.shares:
-            spec = deployed(bench, seeded(settings)[0], share)
-            loss, ratio = bench.losses(settings, spec), Plan.parse(spec, n).cache_ratio
-            losses[settings, share] = loss
-            size = {"cache_ratio": ratio, "cache_bytes_per_token": ratio * full}
-            points.append({"run": name, "plan": spec, "loss": loss.mean()} | size)
-        rows.append([name, *(spread(losses[settings, share]) for share in bench.shares)])
-    draw(points, bench.pictures / "cache.png")
+    train_models(bench, [""])
+    losses = by_share(bench, "")
+    with picture(bench.pictures / "cache.png", width=6.5) as ax:
+        draw(ax, losses, describe(bench, ""))
+        ax.set_ylabel("held-out loss, nats per token")
+    shared = percent(Plan.parse("shared-v", bench.n_layer).cache_ratio)
+    text = f"""Within each share of the cache every run is deployed under the plan, out of a few, that has the
+lowest loss on training text (`lab/studies/deploy.py`). Mean and standard deviation over three seeds.
+*Stochastic* is the rule of 2604.22782 with p = 0.5. *Stochastic shared-v*, ours, has V of layer 0 in all
+layers, and draws K from layer 1 and up with p = 0.3: its whole cache is {shared} of a full one, and the
+smallest that it is trained for {percent(bench.shares[-2])}, K of two layers and V of one.
 
-    normal, paper = bench.losses(NORMAL), bench.losses(PAPER)
-    claims = [Claim("The paper's rule has a price at the full cache", paper - normal)]
-    rises = {}
-    for share, words in ((0.5, "half"), (0.25, "a quarter of")):
-        plan = even_plan(n, share)
-        rise, routed_rise = bench.losses(NORMAL, plan) - normal, bench.losses(PAPER, plan) - paper
-        claims.append(Claim(f"With {words} the cache a normal model gets worse", rise))
-        claims.append(Claim(f"With {words} the cache a stochastic one loses less", rise - routed_rise))
-        rises[share] = rise.mean(), routed_rise.mean()
-    smallest = bench.shares[-2]
-    for share in (0.5, smallest):
-        effect = normal - losses[SHARED, share]
-        with_less = f"with {percent(share)} of the cache"
-        better = "V of layer 0, its K never drawn, beats a normal model's full cache"
-        claims.append(Claim(f"{better} {with_less}", effect))
-    shared = percent(Plan.parse("shared-v", n).cache_ratio)
-    text = markdown(["loss at a cache of", *map(percent, bench.shares)], rows)
-    text += f"""
-Each model is deployed as suits it best within a share of the cache: see `lab/studies/deploy.py`. Mean and
-standard deviation over three seeds. With V of layer 0 for all, {shared} of the cache stands for 100%,
-and the smallest cache it is trained for is {percent(smallest)}, K of two layers and V of one.
-
+{table(losses)}
 ![loss against cache](PICTURES/cache.png)
 """
-    summary = f"""With half its cache a normal model's loss rises by {rises[0.5][0]:.3f} nats per token, and
-with a quarter by {rises[0.25][0]:.3f}; one trained by the paper's rule rises by {rises[0.5][1]:.3f} and
-{rises[0.25][1]:.3f}, from a loss that is {(paper - normal).mean():.3f} higher."""
-    return Section(claims, text, summary)
+    normal, paper = losses["normal"], losses["stochastic"]
+    rises = [(x[share] - x[1]).mean() for x in (normal, paper) for share in (0.5, 0.25)]
+    summary = f"""With half its cache a normal model's loss rises by {rises[0]:.3f} nats per token, and with a
+quarter by {rises[1]:.3f}; one with stochastic routing rises by {rises[2]:.3f} and {rises[3]:.3f}, from
+a loss that is {(paper[1] - normal[1]).mean():.3f} higher."""
+    return Section(claims(bench, losses), text, summary)

@@ -5,7 +5,7 @@ from contextlib import suppress
 import numpy as np
 
 from kv_router import Plan, PlanError, Route
-from lab.studies.workbench import Workbench, seeded
+from lab.studies.workbench import Workbench
 from sweep import sharing, spread
 
 
@@ -21,8 +21,8 @@ def evenly(n_layer: int, n_kept: int, lowest: int) -> Plan:
 
 def deployments(n_layer: int, share: float, lowest: int = 0) -> list[str]:
     """Ways to spend a share of the cache: keep K and V of evenly spread layers, and let the others read the
-    nearest below, or its K and V of layer 0; or store V of layer 0 only, and K of more layers. A model that
-    was trained with `lowest` keeps the layers up to that."""
+    nearest kept layer below, or its K with V of layer 0; or store V of layer 0 alone, and K of more layers.
+    Of a model that was trained with `lowest`, layers 0 to `lowest` are kept."""
     kept = evenly(n_layer, max(1, int(n_layer * share)), lowest)
     bottom_v = [r if r.k == (i,) else Route(r.k, (0,)) for i, r in enumerate(kept.routes)]
     n_keys = max(1, min(n_layer, int(2 * n_layer * share) - 1))
@@ -31,8 +31,8 @@ def deployments(n_layer: int, share: float, lowest: int = 0) -> list[str]:
 
 
 def deployed(bench: Workbench, run: str, share: float) -> str:
-    """The best of the `deployments` that a run's model can have within a share of the cache, on training
-    text, so that it is not held-out text that chooses."""
+    """The best of the `deployments` that a run's model can have within a share of the cache, by its loss on
+    training text, so that held-out text does not choose."""
     model, _ = bench.load(run)
     lowest = model.config.router_lowest
     shares = [share, *(x for x in bench.shares if x < share)]
@@ -44,6 +44,6 @@ def deployed(bench: Workbench, run: str, share: float) -> str:
     return min(fitting, key=lambda spec: bench.windows(run, spec, "train", 16).mean())
 
 
-def losses_within(bench: Workbench, settings: str, share: float) -> np.ndarray:
-    """The losses within a share of the cache, one per seed, under the plan that is best for the first."""
-    return bench.losses(settings, deployed(bench, seeded(settings)[0], share))
+def losses_within(bench: Workbench, runs: list[str], share: float) -> np.ndarray:
+    """The losses of runs within a share of the cache, each as it is deployed there."""
+    return np.array([bench.windows(run, deployed(bench, run, share)).mean() for run in runs])

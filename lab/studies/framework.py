@@ -1,14 +1,12 @@
 """The nine configurations of the unified framework at half and a quarter of the cache: quality and speed."""
 
-import json
 import time
 from statistics import median
 
 import numpy as np
 
-from cli import replace_file
 from kv_router import Plan
-from lab.studies.report import Claim, Section, markdown, spread
+from lab.studies.report import FRAMEWORK, Claim, Section, markdown, mean_std
 from lab.studies.workbench import Workbench, seeded
 from model import GPT
 from plots import picture
@@ -17,27 +15,34 @@ NINE = [f"{a}-{b}" for a in ("pizza", "sandwich", "lasagna") for b in ("bottom",
 TURNS = 7
 
 
-def measure_times(bench: Workbench, runs: dict[str, str]) -> dict[str, list[float]]:
-    """Milliseconds of a training step, the first token and a further one, of models that take turns."""
+def prompt_and_answer(block_size: int) -> tuple[int, int]:
+    """How many tokens of a window are a prompt, and how many are decoded."""
+    n = min(192, block_size * 3 // 4)
+    return n, min(32, block_size - n - 1)
+
+
+def measure_times(bench: Workbench, runs: dict[str, str]) -> np.ndarray:
+    """Milliseconds of a training step, the first token and a further one, (runs, 3), of models that take
+    turns."""
     models = {spec: bench.load(run)[0] for spec, run in runs.items()}
     device = models["full"].embed.weight.device
     _, tokens = bench.load(runs["full"])
     x, y = (t.to(device) for t in next(tokens.held_out(4, 4)))
-    n = min(192, tokens.block_size * 3 // 4)
+    n_prompt, n_answer = prompt_and_answer(tokens.block_size)
 
     def measure(model: GPT) -> list[float]:
         times = [time.perf_counter()]
         model(x, y)[1].backward()
         float(model.embed.weight.grad[0, 0])  # waits for a GPU
         times.append(time.perf_counter())
-        for token in model.stream(x[:1, :n], min(33, tokens.block_size - n), temperature=0):
+        for token in model.stream(x[:1, :n_prompt], 1 + n_answer, temperature=0):
             token.item()
             times.append(time.perf_counter())
         step, ttft = np.diff(times)[:2]
         return [1e3 * t for t in (step, ttft, (times[-1] - times[2]) / (len(times) - 3))]
 
-    turns = [{spec: measure(model) for spec, model in models.items()} for _ in range(1 + TURNS)][1:]
-    return {spec: np.median([turn[spec] for turn in turns], axis=0).tolist() for spec in models}
+    turns = [[measure(model) for model in models.values()] for _ in range(1 + TURNS)][1:]
+    return np.median(turns, axis=0)
 
 
 def study(bench: Workbench) -> Section:
@@ -48,11 +53,9 @@ def study(bench: Workbench) -> Section:
         first.setdefault(Plan.parse(spec, n), spec)
     settings = {spec: "" if spec == "full" else f"--plan={spec}" for spec in first.values()}
     bench.train(run for s in settings.values() for run in seeded(s))
-    path = bench.folder / "times.json"
-    if not path.exists():
-        times = measure_times(bench, {spec: seeded(s)[0] for spec, s in settings.items()})
-        replace_file(path, json.dumps(times).encode())
-    times = json.loads(path.read_text())
+    timed = {spec: seeded(s)[0] for spec, s in settings.items()}
+    measured = bench.measured(timed["full"], f"times {timed}", lambda: measure_times(bench, timed).flat)
+    times = dict(zip(timed, measured.reshape(-1, 3)))
 
     rows, losses = [], {}
     full = bench.losses("")
@@ -60,9 +63,9 @@ def study(bench: Workbench) -> Section:
         plan = Plan.parse(spec, n)
         same = first[plan]
         losses[spec], (step, ttft, tpot) = bench.losses(settings[same]), times[same]
-        above = spread(losses[spec] - full) if x > 1 else ""
+        above = mean_std(losses[spec] - full) if x > 1 else ""
         note = ("cyclic" if plan.cyclic else "") if same == spec else f"the same plan as `{same}`"
-        row = [f"`{spec}`", f"{plan.cache_ratio:.0%}", spread(losses[spec]), above]
+        row = [f"`{spec}`", f"{plan.cache_ratio:.0%}", mean_std(losses[spec]), above]
         rows.append([*row, f"{step:.0f} ms", f"{ttft:.0f} ms", f"{1e3 / tpot:.0f}/s", note])
     with picture(bench.pictures / "framework.png", columns=2, sharey=True) as axes:
         columns = [("held-out loss, nats per token", {spec: x.mean() for spec, x in losses.items()})]
@@ -78,20 +81,20 @@ def study(bench: Workbench) -> Section:
 
     claims = []
     for name in NINE:
-        claims.append(
-            Claim(f"{name} at half the cache beats the full model", full - losses[f"{name}:{n // 2}"])
-        )
+        effect = full - losses[f"{name}:{n // 2}"]
+        claims.append(Claim(FRAMEWORK, f"{name} with half the cache beats the full one", effect))
     for kind in ("pizza", "sandwich", "lasagna"):
         bottom = losses[f"{kind}-bottom:{n // 4}"]
         for target in ("middle", "top"):
             effect = bottom - losses[f"{kind}-{target}:{n // 4}"]
-            claims.append(
-                Claim(f"A quarter of the cache: {kind} is better with {target} than bottom", effect)
-            )
-    faster = median(times["full"][2] / times[first[Plan.parse(spec, n)]][2] - 1 for spec in shrink)
+            text = f"With a quarter of the cache {kind} is better with {target} than with bottom"
+            claims.append(Claim(FRAMEWORK, text, effect))
+    faster = median(times["full"][2] / t[2] - 1 for spec, t in times.items() if spec != "full")
+    n_prompt, n_answer = prompt_and_answer(bench.load(timed["full"])[1].block_size)
     text = f"""Training with the passes that `train.py` has by default. Above full: paired by seed. Times are
 medians of {TURNS} repeats, all models taking turns: forward and backward of one batch, first token of a
-prompt of 192 tokens, greedy decoding of 32 more. The median configuration decodes {faster:+.0%} tokens/s.
+prompt of {n_prompt} tokens, greedy decoding of {n_answer} more. The median configuration decodes
+{faster:+.0%} tokens/s.
 
 """
     header = ["plan", "cache", "loss", "above full", "training step", "first token", "decode", ""]

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from cli import human
-from lab.studies.report import Claim, Section, markdown, spread
+from lab.studies.report import FUSION, Claim, Section, markdown, mean_std
 from lab.studies.workbench import Workbench, seeded
 from plots import line, picture
 
@@ -32,18 +32,19 @@ def study(bench: Workbench) -> Section:
     rows = []
     for method in METHODS:
         above = [losses[method, s] - losses["full cache", s] for s in sizes]
-        cells = [f"{spread(losses[method, s])} ({x.mean():+.3f})" for s, x in zip(sizes, above)]
+        cells = [f"{mean_std(losses[method, s])} ({x.mean():+.3f})" for s, x in zip(sizes, above)]
         rows.append([method, "100%" if method == "full cache" else "50%", *cells])
     better = [("FusedKV", "full cache"), ("FusedKV-Lite", "full cache"), ("FusedKV", "FusedKV-Lite")]
     better += [("FusedKV-Lite", other) for other in ("CLA-2", "YOCO", "GQA")]
     claims = []
     for a, b in better:
         for size in sizes:
-            claims.append(Claim(f"{a} is better than {b} ({size})", losses[b, size] - losses[a, size]))
+            effect = losses[b, size] - losses[a, size]
+            claims.append(Claim(FUSION, f"{a} is better than {b} ({size})", effect))
     tied, untied, before, even = (bench.losses(settings) for settings in GATES.values())
-    claims.append(Claim("Gates tied by RoPE are better than untied ones", untied - tied))
-    claims.append(Claim("Fusing after RoPE is better than before", before - tied))
-    claims.append(Claim("Gates that start as FusedKV-Lite are better than even ones", even - tied))
+    claims.append(Claim(FUSION, "Gates tied by RoPE are better than untied ones", untied - tied))
+    claims.append(Claim(FUSION, "Fusing after RoPE is better than before", before - tied))
+    claims.append(Claim(FUSION, "Gates that start as FusedKV-Lite are better than even ones", even - tied))
     draw_curves(bench, runs, sizes)
     draw_gates(bench)
     params = [
@@ -54,7 +55,7 @@ def study(bench: Workbench) -> Section:
     text += (
         markdown(header, rows) + "\n![loss curves](PICTURES/fusion.png)\n\nHow FusedKV's gates are bound:\n\n"
     )
-    text += markdown(["gates", "loss"], [[name, spread(bench.losses(s))] for name, s in GATES.items()])
+    text += markdown(["gates", "loss"], [[name, mean_std(bench.losses(s))] for name, s in GATES.items()])
     text += (
         f"\nGates after training; K from layer {bench.n_layer // 2 - 1} and V from layer 0 started at 1, the "
     )

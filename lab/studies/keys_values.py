@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from kv_router import Plan
-from lab.studies.report import Claim, Section, markdown, spread
+from lab.studies.report import FUSION, Claim, Section, markdown, mean_std
 from lab.studies.workbench import Workbench, seeded
 from plots import picture
 
@@ -45,19 +45,19 @@ def study(bench: Workbench) -> Section:
                 ax.text(j, half + i, f"{s:.0%}", ha="center", color="white" if s > 0.4 else "black")
             ax.set(title=f"{kind} of upper layers", xlabel="from lower layer", ylabel="upper layer")
             ax.set(xticks=range(half), yticks=range(half, n))
-    low = {kind: [found[kind][:, : half // 2].sum(1).mean() for found in by_seed] for kind in "KV"}
+    low = {kind: np.array([found[kind][:, : half // 2].sum(1).mean() for found in by_seed]) for kind in "KV"}
     losses = {pair: bench.losses(settings) for pair, settings in pairs.items()}
     lite = losses.pop((half - 1, 0))
     claims = [
-        Claim("Upper layers draw most of V from the bottom ones", np.subtract(low["V"], 0.5), "of it"),
-        Claim("and more of V than of K", np.subtract(low["V"], low["K"]), "of it"),
+        Claim(FUSION, "Upper layers draw most of V from the bottom ones", low["V"] - 0.5, "of it"),
+        Claim(FUSION, "Upper layers draw more of V than of K from them", low["V"] - low["K"], "of it"),
     ]
     for (k, v), loss in losses.items():
         text = f"Middle K with bottom V is better than K of layer {k} with V of layer {v}"
-        claims.append(Claim(text, loss - lite))
+        claims.append(Claim(FUSION, text, loss - lite))
     text = f"""A model whose upper layers each learn a weighted sum over the K and V of all lower layers
 (`{dense}`), all weights starting even. The picture shows the mean of the gates over heads, features and
-seeds, as a share of the row.
+seeds, as a share of the row; that lower layers' K and V differ in size is not accounted for.
 
 ![which lower layers the upper ones draw on](PICTURES/keys_values.png)
 
@@ -65,5 +65,5 @@ Then one source each:
 
 """
     losses[half - 1, 0] = lite
-    rows = sorted((x.mean(), f"K of layer {k}, V of layer {v}", spread(x)) for (k, v), x in losses.items())
+    rows = sorted((x.mean(), f"K of layer {k}, V of layer {v}", mean_std(x)) for (k, v), x in losses.items())
     return Section(claims, text + markdown(["upper layers read", "loss"], [row[1:] for row in rows]))

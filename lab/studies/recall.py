@@ -12,14 +12,13 @@ import torch
 import data
 from lab.studies.cache import FLEXIBLE, NORMAL, PAPER, SHARED
 from lab.studies.deploy import deployed
-from lab.studies.price import FROM_1, SHARED_FROM_0
-from lab.studies.report import Claim, Section, markdown, percent, spread
+from lab.studies.price import FROM_0, FROM_1, SHARED_FROM_0
+from lab.studies.report import OURS, ROUTING, Claim, Section, markdown, mean_std, percent
 from lab.studies.workbench import Workbench, seeded
 from plots import line, picture
 
 KEYS, VALUES = string.ascii_lowercase, string.ascii_uppercase
 PAIRS = (2, 4, 8, 16, 24)
-FROM_0 = "--router_p=0.3"  # the paper's rule, with the p of FROM_1
 ONE_PLAN = "--plan=cla:4"
 TEXT = 1_000_000  # characters of text in the corpus, and more than that of puzzles
 
@@ -68,9 +67,9 @@ def study(bench: Workbench) -> Section:
     recipe = f"{bench.narrow} --dataset=recall --batch_size=32 --block_size=128 --max_iters={n_steps}"
     recipe += " --learning_rate=2e-3 --min_lr=2e-4"
     models = FLEXIBLE | {
-        "stochastic, the paper's rule, p = 0.3": FROM_0,
-        "stochastic, the paper's rule, p = 0.3, layer 0 never drawn": FROM_1,
-        "stochastic, V of layer 0, its K drawn too": SHARED_FROM_0,
+        "stochastic, p = 0.3": FROM_0,
+        "stochastic, p = 0.3, layer 0 never drawn": FROM_1,
+        "stochastic shared-v, K of layer 0 drawn too": SHARED_FROM_0,
         "for one plan, CLA-4": ONE_PLAN,
     }
     runs = {name: f"{recipe} {settings}".strip() for name, settings in models.items()}
@@ -79,10 +78,10 @@ def study(bench: Workbench) -> Section:
     with picture(bench.pictures / "recall.png", columns=2, sharey=True) as axes:
         for name, settings in runs.items():
             for share in [0.25] if models[name] == ONE_PLAN else bench.shares:
-                plan = deployed(bench, seeded(settings)[0], share)
-                found = np.array([accuracies(bench, run, plan) for run in seeded(settings)])  # (seeds, PAIRS)
+                found = [accuracies(bench, run, deployed(bench, run, share)) for run in seeded(settings)]
+                found = np.array(found)  # (seeds, PAIRS)
                 right[models[name], share] = found
-                rows.append([name, percent(share), *map(spread, found.T)])
+                rows.append([name, percent(share), *map(mean_std, found.T)])
         for ax, share in zip(axes, (1, 0.25)):
             for i, (name, settings) in enumerate(models.items()):
                 if (settings, share) in right:
@@ -93,19 +92,19 @@ def study(bench: Workbench) -> Section:
     from_0, from_1, drawn = (right[settings, 1].mean(1) for settings in (FROM_0, FROM_1, SHARED_FROM_0))
     loss, routed_loss, price = normal[1] - normal[0.25], paper[1] - paper[0.25], normal[1] - paper[1]
     claims = [
-        Claim("A quarter of the cache costs a normal model recall", loss, "of values"),
-        Claim("and one that is trained by the paper's rule less recall", loss - routed_loss, "of values"),
-        Claim("The paper's rule costs recall at the full cache", price, "of values"),
-        Claim("V of layer 0, its K never drawn, recalls more than it", shared[1] - paper[1], "of values"),
-        Claim("and more than if its K is drawn too", shared[1] - drawn, "of values"),
-        Claim("The paper's rule recalls more if layer 0 is never drawn", from_1 - from_0, "of values"),
+        Claim(ROUTING, "A normal model recalls less with a quarter of the cache", loss, "of values"),
+        Claim(ROUTING, "A stochastic one loses less recall than that", loss - routed_loss, "of values"),
+        Claim(OURS, "Stochastic routing costs recall at the full cache", price, "of values"),
+        Claim(OURS, "Stochastic shared-v recalls more at the full cache", shared[1] - paper[1], "of values"),
+        Claim(OURS, "With p = 0.3, not drawing layer 0 brings recall", from_1 - from_0, "of values"),
+        Claim(OURS, "With p = 0.3, V of layer 0 for all brings recall", drawn - from_0, "of values"),
     ]
     shown = [f"{x[1].mean():.0%} ({x[0.25].mean():.0%} with a quarter)" for x in (normal, paper, shared)]
-    summary = f"""Of the values that its context has for a key, a normal model recalls {shown[0]}, one trained
-by the paper's rule {shown[1]}, and one with V of layer 0 {shown[2]}."""
+    summary = f"""Asked for the value that its context pairs with a key, a normal model answers right in
+{shown[0]}, a stochastic one in {shown[1]}, and a stochastic shared-v one in {shown[2]}."""
     by_chance = ", ".join(f"{1 / n:.2f}" for n in PAIRS)
-    text = f"""The share of values that are recalled, in 100 puzzles of so many pairs and as many questions.
-Whoever names any letter is right in 0.04, and whoever names any value of the context in {by_chance}.
+    text = f"""The share of right answers, over 100 puzzles with so many pairs of a key and a value and as
+many questions. Guessing any letter is right in 0.04, and guessing a value of the context in {by_chance}.
 Each model is trained with `{recipe}`.
 A third of that corpus is Python source, the rest puzzles.
 

@@ -7,7 +7,7 @@ import numpy as np
 
 import data
 from cli import replace_file
-from lab.studies.report import Claim, Section, markdown, spread
+from lab.studies.report import ROUTING, Claim, Section, markdown, mean_std
 from lab.studies.workbench import Workbench, seeded
 from plots import line, picture
 
@@ -61,10 +61,10 @@ def study(bench: Workbench) -> Section:
         for name in list(trained)[1:]:
             routed = curves[width, name]
             text = f"On short data routing with {name} helps the {width} model"
-            claims.append(Claim(f"{text}: lowest loss", normal.min(1) - routed.min(1)))
-            claims.append(Claim(f"{text}: loss at the end", normal[:, -1] - routed[:, -1]))
-    epochs = bench.steps * 1024 / SHORT
+            claims.append(Claim(ROUTING, f"{text}: lowest loss", normal.min(1) - routed.min(1)))
+            claims.append(Claim(ROUTING, f"{text}: loss at the end", normal[:, -1] - routed[:, -1]))
+    epochs = bench.log(seeded(runs["narrow", "normal"])[0], "tokens")[1][-1] / SHORT
     text = f"{SHORT:,} tokens, read about {epochs:.0f} times.\n\n"
-    rows = [[w, t, spread(c.min(1)), spread(c[:, -1])] for (w, t), c in curves.items()]
+    rows = [[w, t, mean_std(c.min(1)), mean_std(c[:, -1])] for (w, t), c in curves.items()]
     text += markdown(["model", "trained", "lowest loss", "at the end"], rows)
     return Section(claims, text + "\n![held-out loss over training](PICTURES/regulariser.png)\n")

@@ -14,27 +14,30 @@ from lab.studies.workbench import Workbench
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
 
 
+ROUTING, FUSION, FRAMEWORK = "2604.22782", "2512.03870", "2410.14442"  # the papers, on arXiv
+OURS = "ours"
+
+
 @dataclass
 class Claim:
-    """What a paper claims, and what was measured. `effects` has one value per seed, positive where the
-    claim holds: differences of runs that saw the same batches. `verdict` is derived from their spread,
-    unless the study gives one."""
+    """What is claimed, by `source`, one of the papers or this project, and what was measured. `effects` has
+    one value per seed, positive where the claim holds: differences of runs that saw the same batches."""
 
+    source: str
     text: str
     effects: Sequence[float]
     unit: str = "nats"
-    verdict: str = ""
 
     def row(self) -> list[str]:
         effects = list(map(float, self.effects))
         effect = f"{mean(effects):+.3f} {self.unit}"
         if len(effects) == 1:
-            return [self.text, effect, "", "1", self.verdict or "one seed, no verdict"]
+            return [self.source, self.text, effect, "", "1", "one seed, no verdict"]
         margin = T_95[len(effects)] * stdev(effects) / len(effects) ** 0.5
-        verdict = "did not appear"
+        verdict = "not shown"
         if abs(mean(effects)) > margin:
             verdict = "appeared" if mean(effects) > 0 else "opposite"
-        return [self.text, effect, f"± {margin:.3f}", str(len(effects)), self.verdict or verdict]
+        return [self.source, self.text, effect, f"± {margin:.3f}", str(len(effects)), verdict]
 
 
 @dataclass
@@ -47,7 +50,7 @@ class Section:
     summary: str = ""
 
 
-def spread(values: Iterable[float]) -> str:
+def mean_std(values: Iterable[float]) -> str:
     """Mean and, of several values, their standard deviation."""
     values = list(map(float, values))
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
@@ -72,7 +75,7 @@ def provenance(bench: Workbench) -> str:
         for key in ("commit", "device", "dtype", "torch", "python")
     )
     return (
-        f"{len(runs)} runs of {spent} in all; commit {commit}; {device}, {dtype}, "
+        f"{len(runs)} runs of {spent} in all; commit {commit}; {device}, trained in {dtype}, "
         f"torch {torch}, Python {python}."
     )
 
@@ -96,7 +99,7 @@ NOT_TESTED = """
 The papers' scale (332 M parameters and more, GPUs), and their benchmarks ARC, HellaSwag and MMLU:
 `python -m lab.tasks` runs them on any checkpoint and plan, but their data was not at hand.
 """
-CLAIMS = ["study", "claim", "effect", "95% interval", "seeds", "verdict"]
+CLAIMS = ["study", "source", "claim", "effect", "95% interval", "seeds", "verdict"]
 
 
 def write_results(bench: Workbench, titles: dict[str, str], path: Path) -> None:
@@ -120,9 +123,11 @@ is `python train.py {" ".join(bench.base)}` with what its table names set otherw
 on 64 held-out windows. These models are far smaller than the papers' and are trained for minutes: what
 appears here is the direction of an effect, not its size.
 
-A claim's effect is positive where the claim holds, and the mean over seeds of differences between runs that
-saw the same batches in the same order. It *appeared* if its 95% interval (Student's t over the seeds) lies
-above zero, is *opposite* if that lies below, and otherwise *did not appear* at this size.
+A claim is that of a paper, by its number on arXiv, or ours. Its effect is positive where it holds: the mean
+over seeds of differences between runs that saw the same batches in the same order. It *appeared* if its 95%
+interval (Student's t over the seeds) lies above zero, is *opposite* if that lies below, and is otherwise *not
+shown*: three seeds leave it open. The intervals say nothing about other text than these windows, nor do they
+allow for how many claims there are. The same windows chose the step whose weights are measured.
 
 """
     text += markdown(CLAIMS, rows) + sections + NOT_TESTED

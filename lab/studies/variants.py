@@ -15,17 +15,19 @@ from kv_router import Plan, Route, uniform_below
 from model import GPT, Attention, Rope
 from sweep import sharing, spread
 
+STEPS = 600  # over which `falling` and `rising` change p: those of most studies
+
 # --- rules of drawing -------------------------------------------------------------------------------------
 
 
 def falling(rng: random.Random, base: Plan, p: float, step: int, lowest: int = 0) -> list[Route]:
-    """The paper's rule, with p falling to 0 over 600 draws."""
-    return uniform_below(rng, base, p * max(0, 1 - step / 600), step, lowest)
+    """The paper's rule, with p falling to 0 over STEPS draws."""
+    return uniform_below(rng, base, p * max(0, 1 - step / STEPS), step, lowest)
 
 
 def rising(rng: random.Random, base: Plan, p: float, step: int, lowest: int = 0) -> list[Route]:
-    """The paper's rule, with p growing from 0 over 600 draws."""
-    return uniform_below(rng, base, p * min(1, step / 600), step, lowest)
+    """The paper's rule, with p growing from 0 over STEPS draws."""
+    return uniform_below(rng, base, p * min(1, step / STEPS), step, lowest)
 
 
 def rungs(rng: random.Random, base: Plan, p: float, step: int, lowest: int = 0) -> list[Route]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,18 +65,35 @@ class Workbench:
         pace = Pace()
         pace.mark(time.monotonic(), 0)
         for done, run in enumerate(todo, 1):
+            self.begin(run)
             status, last = execute(self.command(run))
             if status:  # train.py has said why
                 print(last, flush=True)
                 sys.exit(abs(status))
-            replace_file(self.path(run) / "finished.json", json.dumps(self.base).encode())
+            (self.path(run) / "finished").touch()
             pace.mark(time.monotonic(), done)
             left = duration((len(todo) - done) / pace.rate)
             print(f"[{done} of {len(todo)}, about {left} left] {last}", flush=True)
 
+    @property
+    def recipe(self) -> bytes:
+        """The settings that all runs share, with the text of a file that is among them."""
+        words = [Path(word).read_text() if word.endswith(".toml") else word for word in self.base]
+        return json.dumps(words).encode()
+
+    def begun(self, run: str) -> bool:
+        path = self.path(run) / "recipe.json"
+        return path.exists() and path.read_bytes() == self.recipe
+
     def finished(self, run: str) -> bool:
-        path = self.path(run) / "finished.json"
-        return path.exists() and json.loads(path.read_text()) == self.base
+        return self.begun(run) and (self.path(run) / "finished").exists()
+
+    def begin(self, run: str) -> None:
+        """Make the run's folder. What was trained there with other settings is deleted."""
+        if not self.begun(run):
+            shutil.rmtree(self.path(run), ignore_errors=True)
+            self.path(run).mkdir(parents=True)
+            replace_file(self.path(run) / "recipe.json", self.recipe)
 
     def command(self, run: str) -> list[str]:
         words = run.split()
