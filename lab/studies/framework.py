@@ -92,9 +92,9 @@ def study(bench: Workbench) -> Section:
     faster = median(times["full"][2] / t[2] - 1 for spec, t in times.items() if spec != "full")
     n_prompt, n_answer = prompt_and_answer(bench.load(timed["full"])[1].block_size)
     text = f"""Training with the passes that `train.py` has by default. Above full: paired by seed. Times are
-medians of {TURNS} repeats, all models taking turns: forward and backward of one batch, first token of a
-prompt of {n_prompt} tokens, greedy decoding of {n_answer} more. The median configuration decodes
-{faster:+.0%} tokens/s.
+medians of {TURNS} repeats, all models taking turns, in float32 and uncompiled: forward and backward of one
+batch, first token of a prompt of {n_prompt} tokens, greedy decoding of {n_answer} more. The median
+configuration decodes {faster:+.0%} tokens/s.
 
 """
     header = ["plan", "cache", "loss", "above full", "training step", "first token", "decode", ""]
