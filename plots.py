@@ -51,4 +51,5 @@ def line(ax, x: Sequence, y: Sequence, i: int, label: str, markers: bool = True)
 
 def label_percentages(ax, shares: Iterator[float] | Sequence[float], full: float = 1.0) -> None:
     """Name points of a horizontal axis by their share of the full cache, whose size is `full`."""
-    ax.set_xticks([full * share for share in shares], [f"{100 * share:.4g}%" for share in shares])
+    labels = [f"{100 * share:.3g}%" for share in shares]
+    ax.set_xticks([full * share for share in shares], labels, fontsize=8)

@@ -72,8 +72,8 @@ def claims(bench: Workbench, losses: Losses, where: str = "") -> list[Claim]:
     for share in (0.5, bench.shares[-2]):
         text = f"Stochastic shared-v with {percent(share)} of the cache beats a normal model with all of it"
         found.append((OURS, text, normal[1] - shared[share]))
-    found.append((OURS, "Routing costs shared-v loss, each with all its cache", shared[1] - unrouted[1]))
-    text = "and gains some where a quarter is left: shared-v"
+    found.append((OURS, "Routing costs shared-v loss where all its cache is kept", shared[1] - unrouted[1]))
+    text = "Routing helps shared-v where a quarter of the cache is kept"
     found.append((OURS, text, unrouted[0.25] - shared[0.25]))
     found.append((FUSION, "FusedKV beats a normal model with all its cache", normal[1] - fused[0.5]))
     return [Claim(source, text + where, effects) for source, text, effects in found]
