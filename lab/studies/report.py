@@ -127,8 +127,8 @@ A claim is that of a paper, by its number on arXiv, or ours. Its effect is posit
 over seeds of differences between runs that saw the same batches in the same order. It *appeared* if its 95%
 interval (Student's t over the seeds) lies above zero, is *opposite* if that lies below, and is otherwise *not
 shown*: three seeds leave it open. The intervals say nothing about other text than these windows, nor do they
-allow for how many claims there are. The same windows chose the step whose weights are measured. Sections
-were trained on different machines, where rounding moves the loss of a seed by 0.01 nats or so.
+allow for how many claims there are. The same windows chose the step whose weights are measured. Runs
+of different commits differ in rounding, which moves the loss of a seed by 0.01 nats or so.
 
 """
     text += markdown(CLAIMS, rows) + sections + NOT_TESTED
