@@ -128,7 +128,7 @@ over seeds of differences between runs that saw the same batches in the same ord
 interval (Student's t over the seeds) lies above zero, is *opposite* if that lies below, and is otherwise *not
 shown*: three seeds leave it open. The intervals say nothing about other text than these windows, nor do they
 allow for how many claims there are. The same windows chose the step whose weights are measured. Runs
-of different commits differ in rounding, which moves the loss of a seed by 0.01 nats or so.
+of different commits or numbers of threads differ in rounding, which moves a seed's loss by 0.01 nats or so.
 
 """
     text += markdown(CLAIMS, rows) + sections + NOT_TESTED
