@@ -102,10 +102,9 @@ def device_name(device: str) -> str:
 
 
 def autocast(device: str | torch.device, dtype: torch.dtype):
-    """A context in which matrix products are computed in `dtype`. Weights are cast at every use: the copies
-    that autocast would keep of the passes without gradients have no gradients, in some versions of torch."""
+    """A context in which matrix products are computed in `dtype`."""
     kind = str(device).split(":")[0]
-    return nullcontext() if dtype == torch.float32 else torch.autocast(kind, dtype, cache_enabled=False)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(kind, dtype)
 
 
 def to_device(x: Tensor, device: str) -> Tensor:

@@ -370,14 +370,14 @@ class GPT(nn.Module):
         suffice. Without gradients, iteration also stops when nothing changes any more."""
         B, T, _ = x.shape
         with_gradients = torch.is_grad_enabled()
-        n_with = passes or self.config.backward_passes
+        n_with_gradients = passes or self.config.backward_passes
         limit = min(T, passes or self.config.forward_passes + self.config.backward_passes)
         zeros = x.new_zeros(B, self.config.n_kv_head, T, self.config.head_dim)
         for i in range(low, high + 1):
             kv.put(i, zeros if i in kv.plan.k_layers else None, zeros if i in kv.plan.v_layers else None)
         before, change = None, float("inf")
         for n in range(1, limit + 1):
-            with torch.set_grad_enabled(with_gradients and n > limit - n_with):
+            with torch.set_grad_enabled(with_gradients and n > limit - n_with_gradients):
                 y = x
                 for i in range(low, high):
                     y = self.layer(i, y, kv)
@@ -457,7 +457,8 @@ class GPT(nn.Module):
         for part in idx.split(PREFILL_CHUNK, dim=1):
             cache.rope = self.rope(cache.extend(part.size(1)))
             x = self.run_layers(self.embed(part), cache, until=top)
-        last = x.narrow_copy(1, x.size(1) - 1, 1)  # strides of a view would depend on T: recompiled
+        # A copy, because the strides of a view depend on T: every length of prompt would recompile the step.
+        last = x.narrow_copy(1, x.size(1) - 1, 1)
         return self.head(self.last_position(last, cache, first=top))
 
     def decode(self, idx: Tensor, cache: KVCache) -> Tensor:

@@ -47,7 +47,7 @@ def study(bench: Workbench) -> Section:
     unit = "of answers"
     claims = [
         Claim(ROUTING, "A normal model is less accurate with a quarter of the cache", lost["normal"], unit),
-        Claim(ROUTING, "A stochastic one loses less than that", lost["normal"] - lost["stochastic"], unit),
+        Claim(ROUTING, "A stochastic model loses less accuracy", lost["normal"] - lost["stochastic"], unit),
     ]
     shared = percent(Plan.parse("shared-v", bench.n_layer).cache_ratio)
     text = f"""A piece of held-out text, and its true continuation against three pieces from elsewhere; 256

@@ -12,7 +12,7 @@ from plots import label_percentages, line, picture
 NORMAL, PAPER = "", "--router_p=0.5"
 SHARED = "--plan=shared-v --router_p=0.3 --router_lowest=1"
 FLEXIBLE = {"normal": NORMAL, "stochastic": PAPER, "stochastic shared-v": SHARED}
-# What routing adds to shared-v shows beside shared-v alone. FusedKV is the best model for one plan.
+# shared-v without routing is the control: beside it shows what routing costs, and what it gains.
 MODELS = FLEXIBLE | {"shared-v, not routed": "--plan=shared-v", "FusedKV": "--plan=fusedkv"}
 
 Losses = dict[str, dict[float, np.ndarray]]  # name of a model -> share of the cache -> one loss per seed
@@ -68,7 +68,7 @@ def claims(bench: Workbench, losses: Losses, where: str = "") -> list[Claim]:
     for share, words in ((0.5, "half"), (0.25, "a quarter of")):
         rise, routed_rise = normal[share] - normal[1], paper[share] - paper[1]
         found.append((ROUTING, f"A normal model gets worse with {words} the cache", rise))
-        found.append((ROUTING, f"A stochastic one loses less with {words} the cache", rise - routed_rise))
+        found.append((ROUTING, f"A stochastic model loses less with {words} the cache", rise - routed_rise))
     for share in (0.5, bench.shares[-2]):
         text = f"Stochastic shared-v with {percent(share)} of the cache beats a normal model with all of it"
         found.append((OURS, text, normal[1] - shared[share]))

@@ -9,7 +9,7 @@ from lab.studies.price import RUNGS
 from lab.studies.report import OURS, Claim, Section, markdown, mean_std, percent
 from lab.studies.workbench import Workbench, seeded
 
-STOCHASTIC = {"stochastic": PAPER, "stochastic shared-v": SHARED, "the same with rungs, p = 0.2": RUNGS}
+STOCHASTIC = {"stochastic": PAPER, "stochastic shared-v": SHARED, "shared-v with rungs, p = 0.2": RUNGS}
 
 
 def dedicated(n_layer: int, n_kv_head: int) -> dict[str, tuple[float, str]]:

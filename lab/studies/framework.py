@@ -52,7 +52,7 @@ def draw(bench: Workbench, losses: dict[str, np.ndarray], steps: dict[str, float
         for x, marker, fill in ((2, "o", "black"), (4, "s", "white")):
             specs = [f"{name}:{n // x}" for name in NINE]
             look = {"marker": marker, "color": "black", "mfc": fill, "ls": "", "label": f"cache {x}x smaller"}
-            rows = np.arange(9) + (x - 3) / 8  # beside each other
+            rows = np.arange(9) + (x - 3) / 8  # the two marks of a row just above and below its line
             means = [losses[spec].mean() for spec in specs]
             deviations = [losses[spec].std(ddof=1) for spec in specs]
             axes[0].errorbar(means, rows, xerr=deviations, **look)
@@ -73,7 +73,7 @@ def study(bench: Workbench) -> Section:
     settings = {spec: "" if spec == "full" else f"--plan={spec}" for spec in first.values()}
     bench.train(run for s in settings.values() for run in seeded(s))
     timed = {spec: seeded(s)[0] for spec, s in settings.items()}
-    measured = bench.measured(timed["full"], f"times {timed}", lambda: measure_times(bench, timed).flat)
+    measured = bench.measured(timed["full"], "times", lambda: measure_times(bench, timed).flat)
     times = dict(zip(timed, measured.reshape(-1, 3)))
 
     rows, losses = [], {}

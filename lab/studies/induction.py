@@ -93,7 +93,7 @@ def study(bench: Workbench) -> Section:
     when = f"after {lengths[-1]:,} steps"
     claims = [
         Claim(OURS, f"A normal model has more induction than a stochastic one {when}", normal - paper),
-        Claim(OURS, f"Stochastic shared-v has more induction than it {when}", shared - paper),
+        Claim(OURS, f"Stochastic shared-v has more induction than stochastic {when}", shared - paper),
     ]
     text = f"""{LENGTH} held-out tokens in random order, and the same again. How much lower is the loss of the
 second copy, in nats per token; and, after the semicolon, the highest induction score of a head: the attention

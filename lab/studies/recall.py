@@ -93,7 +93,7 @@ def study(bench: Workbench) -> Section:
     loss, routed_loss, price = normal[1] - normal[0.25], paper[1] - paper[0.25], normal[1] - paper[1]
     claims = [
         Claim(ROUTING, "A normal model recalls less with a quarter of the cache", loss, "of values"),
-        Claim(ROUTING, "A stochastic one loses less recall than that", loss - routed_loss, "of values"),
+        Claim(ROUTING, "A stochastic model loses less recall", loss - routed_loss, "of values"),
         Claim(OURS, "Stochastic routing costs recall at the full cache", price, "of values"),
         Claim(OURS, "Stochastic shared-v recalls more at the full cache", shared[1] - paper[1], "of values"),
         Claim(OURS, "With p = 0.3, not drawing layer 0 brings recall", from_1 - from_0, "of values"),

@@ -123,12 +123,12 @@ is `python train.py {" ".join(bench.base)}` with what its table names set otherw
 on 64 held-out windows. These models are far smaller than the papers' and are trained for minutes: what
 appears here is the direction of an effect, not its size.
 
-A claim is that of a paper, by its number on arXiv, or ours. Its effect is positive where it holds: the mean
-over seeds of differences between runs that saw the same batches in the same order. It *appeared* if its 95%
-interval (Student's t over the seeds) lies above zero, is *opposite* if that lies below, and is otherwise *not
-shown*: three seeds leave it open. The intervals say nothing about other text than these windows, nor do they
-allow for how many claims there are. The same windows chose the step whose weights are measured. Runs
-of different commits or numbers of threads differ in rounding, which moves a seed's loss by 0.01 nats or so.
+The source of a claim is a paper, by its arXiv number, or this project. Its effect is positive where it holds:
+the mean over seeds of differences between runs that saw the same batches in the same order. It *appeared* if
+its 95% interval (Student's t over the seeds) lies above zero, is *opposite* if that lies below, and is *not
+shown* otherwise: three seeds leave it open. The intervals say nothing about other text than these windows,
+nor do they allow for how many claims there are. The same windows chose the step whose weights are measured.
+Sections name their commits: between some of these the same settings and seed give slightly different losses.
 
 """
     text += markdown(CLAIMS, rows) + sections + NOT_TESTED
