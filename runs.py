@@ -284,9 +284,14 @@ class Signals:
             signal.signal(number, signal.SIG_DFL)
         os.write(2, b"\nfinishing this step to save it; once more leaves at once\n")
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, error, traceback) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.received and error:
+            from torch._dynamo.exc import TorchDynamoException
+
+            if isinstance(error, TorchDynamoException):  # Ctrl-C has also stopped the C++ compiler
+                raise KeyboardInterrupt from None
 
 
 def git_commit() -> str | None:

@@ -25,6 +25,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAULTS, ROOT
+from torch._dynamo.exc import BackendCompilerFailed
 
 import cli
 import data
@@ -35,7 +36,7 @@ import train
 from cli import UserError
 from kv_router import Plan, PlanError, StochasticRouter
 from model import GPT
-from runs import load_checkpoint, load_run
+from runs import Signals, load_checkpoint, load_run
 from settings import TrainConfig
 
 pytestmark = pytest.mark.faults
@@ -198,6 +199,15 @@ def test_a_signal_saves(corpus, tmp_path, number, start):
     step = int(re.search(r"stopped and saved after step (\d+); go on: python train.py", output)[1])
     assert load_checkpoint(out / "ckpt.pt")["step"] == step
     came(f"{number.name} to a process", "saved")
+
+
+def test_ctrl_c_that_stops_the_compiler_too_is_no_error():
+    """A terminal sends Ctrl-C to g++ as well, and torch then says that compiling failed."""
+    for signals, raised in ((1, KeyboardInterrupt), (0, BackendCompilerFailed)):
+        with pytest.raises(raised), Signals():
+            if signals:
+                os.kill(os.getpid(), signal.SIGINT)
+            raise BackendCompilerFailed("inductor", RuntimeError("g++ died"), None)
 
 
 @pytest.mark.parametrize("fault", ["SIGTERM to torchrun", "kill -9 of one rank of two"])
