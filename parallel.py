@@ -6,6 +6,7 @@ Every rank is a process with a device of its own, and computes its share of each
 same plans, since these are a function of the seed and the step."""
 
 import os
+import sys
 import warnings
 from collections.abc import Iterable
 
@@ -37,9 +38,14 @@ def join(device: str) -> str:
     return f"cuda:{local}"
 
 
-def leave() -> None:
+def leave(status: int = 0) -> None:
+    """Part from the other ranks: ends the process of a rank, and does nothing where there is only one."""
     if RANKS > 1:
         dist.destroy_process_group()
+        sys.stdout.flush()
+        # Sharded weights keep gloo's threads alive, and one that still frees a tensor while Python shuts down
+        # aborts the process. So a rank ends without that shutdown.
+        os._exit(status)
 
 
 def wait_for_all() -> None:

@@ -407,16 +407,17 @@ def main(rule: Rule = uniform_below, model_class: type[GPT] = GPT) -> None:
     if checkpoint:
         print(f"resumed after step {run.start}, from {path}")
     stopped = trainer.loop()
-    parallel.leave()
     if stopped:
         step, number = stopped
         command = f"python train.py --out_dir={c.out_dir} --init_from=resume"
         print(f"stopped and saved after step {step}; go on: {command}")
+        parallel.leave(128 + number)
         sys.exit(128 + number)
     over = " over drawn plans" if router else ""
     best = f"best val {run.best:.4f} nats/token, {trainer.val_tokens.bits_per_byte(run.best):.4f} bits/byte"
     print(f"{c.out_dir}: {duration(run.seconds)}, {best}{over}")
     print(f"next: python sweep.py --out_dir {c.out_dir}; python sample.py --out_dir {c.out_dir}")
+    parallel.leave()
 
 
 if __name__ == "__main__":
