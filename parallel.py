@@ -41,8 +41,9 @@ def join(device: str) -> str:
 def leave(status: int = 0) -> None:
     """Part from the other ranks: ends the process of a rank, and does nothing where there is only one."""
     if RANKS > 1:
-        dist.destroy_process_group()
         sys.stdout.flush()
+        wait_for_all()  # rank 0 may still be saving; torchrun stops it when another has left with a status
+        dist.destroy_process_group()
         # Sharded weights keep gloo's threads alive, and one that still frees a tensor while Python shuts down
         # aborts the process. So a rank ends without that shutdown.
         os._exit(status)

@@ -25,7 +25,7 @@ import data
 import hf
 import kernels
 import parallel
-from cli import Pace, UserError, duration, first_line, human
+from cli import Pace, UserError, duration, first_line, human, replace_file
 from costs import costs
 from devices import (
     autocast,
@@ -375,6 +375,8 @@ def main(rule: Rule = uniform_below, model_class: type[GPT] = GPT) -> None:
     check_memory(c, device)  # mistakes are named before a corpus is made
     corpus = corpus_of(c, checkpoint)
     if checkpoint and checkpoint["step"] >= c.max_iters:
+        if path.name == "best.pt" and parallel.RANK == 0:  # killed before the last step was in ckpt.pt, too
+            replace_file(path.with_name("ckpt.pt"), path.read_bytes())
         print(f"{c.out_dir}: all {checkpoint['step']} steps are done; more: --max_iters")
         parallel.leave()
         return

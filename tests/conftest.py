@@ -1,6 +1,7 @@
 """What several test files share: every plan family, small models, a small corpus, running a script."""
 
 import importlib
+import os
 import random
 import re
 import sys
@@ -16,6 +17,7 @@ from model import GPT, GPTConfig
 
 FAULTS = {}  # kind of fault -> what came of it -> how often; test_faults.py fills it
 SAID = []  # lines to be read at the end
+os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # `datasets` would ask the network, and wait
 torch.set_num_threads(1)  # tiny tensors: two threads only wait for each other
 ROOT = Path(__file__).parent.parent
 

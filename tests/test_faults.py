@@ -128,16 +128,22 @@ def start():
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["test_faults"])
 
+        started = []
+
         def begin(output, *args, hold_at=None, memory=None):
             argv = ["train.py", *map(str, args)]
             process = context.Process(target=_child, args=(argv, str(output), hold_at, memory))
             process.start()
+            started.append(process)
             return process
 
         yield begin
+        for process in started:  # where a test failed before its run had ended
+            process.kill()
+            process.join()
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
@@ -233,7 +239,7 @@ def test_two_ranks(corpus, tmp_path, script, fault):
             os.kill(ranks[-1], signal.SIGKILL)
         else:
             process.terminate()
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=300)
     assert process.returncode != 0, output
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks))
     step = load_checkpoint(out / "ckpt.pt")["step"]
@@ -324,6 +330,11 @@ def test_the_newest_good_checkpoint_is_taken(interrupted, script, refused):
     (out / "ckpt.pt").write_bytes(good)
     copy = shutil.copytree(out, out.with_name("copy"))
     shutil.copy(whole / "best.pt", copy)  # killed between the two: best.pt is newer
+    step = load_checkpoint(copy / "best.pt")["step"]
+    status, text, _ = script("train.py", f"--out_dir={copy}", "--init_from=resume", f"--max_iters={step}")
+    assert status == 0 and f"all {step} steps are done" in text
+    assert load_checkpoint(copy / "ckpt.pt")["step"] == step
+    shutil.copy(out / "ckpt.pt", copy)
     status, text, err = script("train.py", f"--out_dir={copy}", "--init_from=resume", "--max_iters=9")
     assert status == 0 and "resumed after step 8, from" in text and "ckpt.pt is missing or older" in err
     came("older ckpt.pt", "best.pt taken")

@@ -163,7 +163,7 @@ def torchrun(n: int, *args) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, "train.py", *args], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        [*command, "train.py", *args], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
 
 
@@ -383,7 +383,7 @@ def test_speed_in_the_log_is_of_recent_steps(corpus, tmp_path, script, monkeypat
     """A slow first step, as when kernels are compiled, is soon forgotten."""
 
     def slow_at_0(step, c, schedule=train.learning_rate):
-        time.sleep(1.5 if step == 0 else 0)
+        time.sleep(3 if step == 0 else 0)
         return schedule(step, c)
 
     monkeypatch.setattr(train, "learning_rate", slow_at_0)
@@ -391,7 +391,7 @@ def test_speed_in_the_log_is_of_recent_steps(corpus, tmp_path, script, monkeypat
     assert script("train.py", *flags(corpus, out))[0] == 0
     speed, seconds = read_log(out, "tokens_per_s"), read_log(out, "time")
     tokens_per_step = SMALL["batch_size"] * SMALL["block_size"]
-    assert speed[1] < tokens_per_step / 1.5
+    assert speed[1] < tokens_per_step / 3
     assert speed[12] > 2 * 12 * tokens_per_step / seconds[12]
 
 
@@ -507,6 +507,7 @@ def test_a_missing_compiler_is_named(trained, refused, script, monkeypatch):
 def test_sample_streams_the_same_text_that_generate_gives(trained, tmp_path, script, how):
     out = trained / "stochastic"
     flags = ("--out_dir", out, "--max_new_tokens", 20, "--seed", 4, "--device", "cpu")
+    flags += ("--dtype", "float32")  # as the reference, also where the CPU has bfloat16
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("def main")
     status, text, _ = script(
@@ -718,7 +719,7 @@ def python(code: str, *args, cwd: Path) -> str:
     """What a new process prints that runs `code` with the project on its path."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
