@@ -4,13 +4,12 @@ import numpy as np
 import torch
 
 from kv_router import Plan
-from lab.studies.cache import NORMAL, PAPER, SHARED
-from lab.studies.deploy import deployments
+from lab.studies.cache import FLEXIBLE
+from lab.studies.deploy import deployed
 from lab.studies.report import ROUTING, Claim, Section, markdown, mean_std, percent
 from lab.studies.workbench import Workbench, seeded
 
 SHARES = (1, 0.5, 0.25)
-MODELS = {"normal": (NORMAL, 0), "stochastic": (PAPER, 0), "stochastic shared-v": (SHARED, -1)}
 
 
 @torch.no_grad()
@@ -33,17 +32,14 @@ def right_choices(bench: Workbench, run: str, plan: str, n: int = 256) -> np.nda
 
 
 def study(bench: Workbench) -> Section:
-    bench.train(run for settings, _ in MODELS.values() for run in seeded(settings))
+    bench.train(run for settings in FLEXIBLE.values() for run in seeded(settings))
     right, rows = {}, []
-    for name, (settings, which) in MODELS.items():
-        lowest = bench.load(seeded(settings)[0])[0].config.router_lowest
+    for name, settings in FLEXIBLE.items():
         for share in SHARES:
-            plan = deployments(bench.n_layer, share, lowest)[which]
-            right[name, share] = np.array(
-                [right_choices(bench, run, plan).mean() for run in seeded(settings)]
-            )
+            found = [right_choices(bench, run, deployed(bench, run, share)) for run in seeded(settings)]
+            right[name, share] = np.mean(found, axis=1)
         rows.append([name, *(mean_std(right[name, share]) for share in SHARES)])
-    lost = {name: right[name, 1] - right[name, 0.25] for name in MODELS}
+    lost = {name: right[name, 1] - right[name, 0.25] for name in FLEXIBLE}
     unit = "of answers"
     claims = [
         Claim(ROUTING, "A normal model is less accurate with a quarter of the cache", lost["normal"], unit),

@@ -4,7 +4,7 @@ import numpy as np
 
 from kv_router import Plan
 from lab.studies.cache import NORMAL, PAPER, SHARED
-from lab.studies.deploy import even_plan, losses_within
+from lab.studies.deploy import deployments, losses_within
 from lab.studies.price import RUNGS
 from lab.studies.report import OURS, Claim, Section, markdown, mean_std, percent
 from lab.studies.workbench import Workbench, seeded
@@ -12,24 +12,31 @@ from lab.studies.workbench import Workbench, seeded
 STOCHASTIC = {"stochastic": PAPER, "stochastic shared-v": SHARED, "shared-v with rungs, p = 0.2": RUNGS}
 
 
-def dedicated(n_layer: int, n_kv_head: int) -> dict[str, tuple[float, str]]:
-    """Models trained for one plan: name -> share of the cache, and settings."""
+def dedicated(bench: Workbench, n_kv_head: int) -> dict[str, tuple[float, str]]:
+    """Models trained for one plan, by falling share of the cache: name -> that share, and settings."""
+    n_layer = bench.n_layer
     shared = Plan.parse("shared-v", n_layer).cache_ratio
-    return {
+    models = {
         "own K, V of layer 0 (`shared-v`)": (shared, "--plan=shared-v"),
         "CLA-2": (0.5, "--plan=cla:2"),
         "YOCO": (0.5, "--plan=yoco"),
         "GQA, half the KV heads": (0.5, f"--n_kv_head={n_kv_head // 2}"),
         "FusedKV-Lite": (0.5, "--plan=fusedkv-lite"),
         "FusedKV": (0.5, "--plan=fusedkv"),
-        "CLA-4": (0.25, f"--plan={even_plan(n_layer, 0.25)}"),
+        "CLA-4": (0.25, "--plan=cla:4"),
         "MQA, a quarter of the KV heads": (0.25, f"--n_kv_head={n_kv_head // 4}"),
         f"CLA-{n_layer}": (1 / n_layer, "--plan=keep:0"),
     }
+    smallest = bench.shares[-2]
+    for share in {0.5, 0.25, smallest}:
+        if share >= smallest:  # one of the plans that stochastic shared-v is deployed under
+            plan = Plan.parse(deployments(n_layer, share, lowest=1)[-1], n_layer)
+            models[f"K of {len(plan.k_layers)} layers, V of layer 0"] = (share, f"--plan={plan.spec}")
+    return dict(sorted(models.items(), key=lambda item: -item[1][0]))
 
 
 def study(bench: Workbench) -> Section:
-    single = dedicated(bench.n_layer, n_kv_head=4)
+    single = dedicated(bench, n_kv_head=4)
     everything = [NORMAL, *STOCHASTIC.values(), *(settings for _, settings in single.values())]
     bench.train(run for settings in everything for run in seeded(settings))
     losses = {name: bench.losses(settings) for name, (_, settings) in single.items()}

@@ -9,12 +9,8 @@ from lab.studies.workbench import Workbench
 from sweep import sharing, spread
 
 
-def even_plan(n_layer: int, share: float, lowest: int = 0) -> str:
-    """Evenly spread kept layers, as many as the share of the cache allows."""
-    return evenly(n_layer, max(1, int(n_layer * share)), lowest).spec
-
-
 def evenly(n_layer: int, n_kept: int, lowest: int) -> Plan:
+    """A plan that keeps n_kept layers: 0 to `lowest`, and above that evenly spread ones."""
     lowest = lowest if n_kept > lowest else 0  # a budget too small for what the model was trained to keep
     return sharing(Plan.parse("full", n_layer), spread(n_layer, n_kept, lowest))
 

@@ -23,6 +23,13 @@ GATES = {
     "tied, starting even": "even --plan=fusedkv",
 }
 
+CURVES = """
+![loss curves](PICTURES/fusion.png)
+
+The curves are losses of training batches, averaged over three points of the log, of the first seed alone.
+
+"""
+
 
 def study(bench: Workbench) -> Section:
     sizes = {"narrow": bench.narrow, "middle": ""}
@@ -52,9 +59,7 @@ def study(bench: Workbench) -> Section:
     ]
     header = ["", "cache", *(f"{s}, {human(p)} parameters" for s, p in zip(sizes, params))]
     text = "Loss, and in brackets how far it is above the full cache's of the same size.\n\n"
-    text += (
-        markdown(header, rows) + "\n![loss curves](PICTURES/fusion.png)\n\nHow FusedKV's gates are bound:\n\n"
-    )
+    text += markdown(header, rows) + CURVES + "How FusedKV's gates are bound:\n\n"
     text += markdown(["gates", "loss"], [[name, mean_std(bench.losses(s))] for name, s in GATES.items()])
     text += (
         f"\nGates after training; K from layer {bench.n_layer // 2 - 1} and V from layer 0 started at 1, the "

@@ -102,9 +102,10 @@ def study(bench: Workbench) -> Section:
     shown = [f"{x[1].mean():.0%} ({x[0.25].mean():.0%} with a quarter)" for x in (normal, paper, shared)]
     summary = f"""Asked for the value that its context pairs with a key, a normal model answers right in
 {shown[0]}, a stochastic one in {shown[1]}, and a stochastic shared-v one in {shown[2]}."""
-    by_chance = ", ".join(f"{1 / n:.2f}" for n in PAIRS)
-    text = f"""The share of right answers, over 100 puzzles with so many pairs of a key and a value and as
-many questions. Guessing any letter is right in 0.04, and guessing a value of the context in {by_chance}.
+    # Values are drawn with replacement: one that belongs to another pair is right, too, once in 26 times.
+    by_chance = ", ".join(f"{1 / n + (1 - 1 / n) / len(VALUES):.2f}" for n in PAIRS)
+    text = f"""The share of right answers, over 100 puzzles for each number of pairs, each with as many
+questions as pairs. Guessing any letter is right in 0.04, and guessing a value of the context in {by_chance}.
 Each model is trained with `{recipe}`.
 A third of that corpus is Python source, the rest puzzles.
 

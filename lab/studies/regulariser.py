@@ -64,9 +64,15 @@ def study(bench: Workbench) -> Section:
             claims.append(Claim(ROUTING, f"{text}: lowest loss", normal.min(1) - routed.min(1)))
             claims.append(Claim(ROUTING, f"{text}: loss at the end", normal[:, -1] - routed[:, -1]))
     epochs = bench.log(seeded(runs["narrow", "normal"])[0], "tokens")[1][-1] / SHORT
-    text = f"{SHORT:,} tokens, read about {epochs:.0f} times.\n\n"
-    rows = [[w, t, mean_std(c.min(1)), mean_std(c[:, -1])] for (w, t), c in curves.items()]
-    text += markdown(["model", "trained", "lowest loss", "at the end"], rows)
+    text = f"""{SHORT:,} tokens, read about {epochs:.0f} times, with an evaluation every {steps[0]} steps.
+Where the loss is lowest at the first of these, an even lower one before it was not seen.
+
+"""
+    rows = []
+    for (width, name), curve in curves.items():
+        at = sorted({steps[i] for i in curve.argmin(1)})
+        rows.append([width, name, mean_std(curve.min(1)), ", ".join(map(str, at)), mean_std(curve[:, -1])])
+    text += markdown(["model", "trained", "lowest loss", "at step", "at the end"], rows)
     lowest = [curves["middle", name].min(1).mean() for name in trained]
     summary = f"""Trained {epochs:.0f} times over {SHORT:,} tokens, a normal model's lowest loss is
 {lowest[0]:.3f}, and with routing {min(lowest[1:]):.3f} to {max(lowest[1:]):.3f}."""

@@ -31,8 +31,6 @@ class Claim:
     def row(self) -> list[str]:
         effects = list(map(float, self.effects))
         effect = f"{mean(effects):+.3f} {self.unit}"
-        if len(effects) == 1:
-            return [self.source, self.text, effect, "", "1", "one seed, no verdict"]
         margin = T_95[len(effects)] * stdev(effects) / len(effects) ** 0.5
         verdict = "not shown"
         if abs(mean(effects)) > margin:
@@ -51,9 +49,9 @@ class Section:
 
 
 def mean_std(values: Iterable[float]) -> str:
-    """Mean and, of several values, their standard deviation."""
+    """Mean and standard deviation."""
     values = list(map(float, values))
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+    return f"{mean(values):.3f} ± {stdev(values):.3f}"
 
 
 def percent(share: float) -> str:
@@ -119,7 +117,7 @@ def write_results(bench: Workbench, titles: dict[str, str], path: Path) -> None:
 {textwrap.fill(in_short, 110)}
 
 Written by `python -m lab.studies all{flags}` from the logs of its runs; no number is typed by hand. Every run
-is `python train.py {" ".join(bench.base)}` with what its table names set otherwise. Losses are nats per token
+is `python train.py {" ".join(bench.base)}` with the settings that its table names. Losses are nats per token
 on 64 held-out windows. These models are far smaller than the papers' and are trained for minutes: what
 appears here is the direction of an effect, not its size.
 
@@ -128,7 +126,8 @@ the mean over seeds of differences between runs that saw the same batches in the
 its 95% interval (Student's t over the seeds) lies above zero, is *opposite* if that lies below, and is *not
 shown* otherwise: three seeds leave it open. The intervals say nothing about other text than these windows,
 nor do they allow for how many claims there are. The same windows chose the step whose weights are measured.
-Sections name their commits: between some of these the same settings and seed give slightly different losses.
+Sections name their commits: between some of these the same settings and seed give slightly different losses,
+and where a section says so, the plan that is best for the first seed is measured for all of them.
 
 """
     text += markdown(CLAIMS, rows) + sections + NOT_TESTED

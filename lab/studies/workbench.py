@@ -142,9 +142,9 @@ class Workbench:
 
         return self.measured(run, f"loss {plan} {split} {n}", measure)
 
-    def losses(self, settings: str, plan: str = "", seeds: int | None = None) -> np.ndarray:
+    def losses(self, settings: str, plan: str = "") -> np.ndarray:
         """The mean loss of every seed's run, (seeds,)."""
-        return np.array([self.windows(run, plan).mean() for run in seeded(settings, seeds)])
+        return np.array([self.windows(run, plan).mean() for run in seeded(settings)])
 
 
 def execute(command: list[str]) -> tuple[int, str]:
@@ -160,6 +160,6 @@ def execute(command: list[str]) -> tuple[int, str]:
     return child.returncode, lines[-1] if lines else ""
 
 
-def seeded(settings: str, seeds: int | None = None) -> list[str]:
+def seeded(settings: str) -> list[str]:
     """The runs of some settings, one a seed. Equal seeds see the same batches in the same order."""
-    return [f"{settings} --seed={seed}".strip() for seed in range(seeds or SEEDS)]
+    return [f"{settings} --seed={seed}".strip() for seed in range(SEEDS)]
