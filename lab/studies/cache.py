@@ -49,6 +49,8 @@ def draw(ax, losses: Losses, title: str) -> None:
         means = [x.mean() for x in found.values()]
         line(ax, list(found), means, i, name)
         ax.errorbar(list(found), means, [x.std(ddof=1) for x in found.values()], ls="", color="grey")
+    ax.set_xscale("log", base=2)  # small caches are close together
+    ax.minorticks_off()
     label_percentages(ax, losses["normal"])
     ax.set(title=title, xlabel="KV cache, at most this share of a full one")
 

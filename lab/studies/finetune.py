@@ -79,7 +79,7 @@ whose layer 0 is never drawn must keep both layers 0 and 1.
 """
     header = ["fine-tuned", "tokens", *(f"cache {percent(share)}" for share in bench.shares)]
     text += markdown(header, rows) + "\n![loss over tokens of fine-tuning](PICTURES/finetune.png)\n"
-    return Section(claims, text, summarize(before, losses, n_tokens))
+    return Section(claims, text)
 
 
 def claims_after(n: int, losses: dict, when: str) -> list[Claim]:
@@ -94,12 +94,3 @@ def claims_after(n: int, losses: dict, when: str) -> list[Claim]:
         (OURS, "Stochastic shared-v helps a quarter more than routing", quarter_routed - quarter_shared),
     ]
     return [Claim(source, f"{text} {when}", effect) for source, text, effect in found]
-
-
-def summarize(before: dict, losses: dict, n_tokens: dict[int, int]) -> str:
-    n = list(n_tokens)[-1]
-    control, routed, _, shared = ([losses[share][kind, n].mean() for share in (1, 0.25)] for kind in KINDS)
-    return f"""Fine-tuned with stochastic routing (p = 0.3) on {human(n_tokens[n])} tokens, a normal model's
-loss with a quarter of the cache falls from {before[0.25].mean():.3f} to {routed[1]:.3f}, and as stochastic
-shared-v to {shared[1]:.3f}; with the full one these have {routed[0]:.3f} and {shared[0]:.3f}, and
-fine-tuning without routing {control[0]:.3f}."""

@@ -109,10 +109,7 @@ positions of both copies (rows) give to earlier ones. Induction is the line {LEN
 
 ![attention of one head](PICTURES/heads.png)
 """
-    summary = f"""After {lengths[-1]:,} steps a normal model predicts a repeated sequence {normal.mean():.2f}
-nats better the second time, a stochastic one {paper.mean():.2f}, and a stochastic shared-v one
-{shared.mean():.2f}."""
-    return Section(claims, text, summary)
+    return Section(claims, text)
 
 
 def draw_heads(bench: Workbench, settings: list[str]) -> None:

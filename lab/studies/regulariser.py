@@ -73,8 +73,5 @@ Where the loss is lowest at the first of these, an even lower one before it was 
         at = sorted({steps[i] for i in curve.argmin(1)})
         rows.append([width, name, mean_std(curve.min(1)), ", ".join(map(str, at)), mean_std(curve[:, -1])])
     text += markdown(["model", "trained", "lowest loss", "at step", "at the end"], rows)
-    lowest = [curves["middle", name].min(1).mean() for name in trained]
-    summary = f"""Trained {epochs:.0f} times over {SHORT:,} tokens, a normal model's lowest loss is
-{lowest[0]:.3f}, and with routing {min(lowest[1:]):.3f} to {max(lowest[1:]):.3f}."""
     text += "\n![held-out loss over training](PICTURES/regulariser.png)\n"
-    return Section(claims, text, summary)
+    return Section(claims, text)
