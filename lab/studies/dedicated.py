@@ -29,7 +29,7 @@ def dedicated(bench: Workbench, n_kv_head: int) -> dict[str, tuple[float, str]]:
     }
     smallest = bench.shares[-2]
     for share in {0.5, 0.25, smallest}:
-        if share >= smallest:  # one of the plans that stochastic shared-v is deployed under
+        if share >= smallest:  # below that, stochastic shared-v is not trained for any plan
             plan = Plan.parse(deployments(n_layer, share, lowest=1)[-1], n_layer)
             models[f"K of {len(plan.k_layers)} layers, V of layer 0"] = (share, f"--plan={plan.spec}")
     return dict(sorted(models.items(), key=lambda item: -item[1][0]))

@@ -117,7 +117,7 @@ def write_results(bench: Workbench, titles: dict[str, str], path: Path) -> None:
 {textwrap.fill(in_short, 110)}
 
 Written by `python -m lab.studies all{flags}` from the logs of its runs; no number is typed by hand. Every run
-is `python train.py {" ".join(bench.base)}` with the settings that its table names. Losses are nats per token
+is `python train.py {" ".join(bench.base)}` and the settings that its table names. Losses are nats per token
 on 64 held-out windows. These models are far smaller than the papers' and are trained for minutes: what
 appears here is the direction of an effect, not its size.
 
