@@ -41,6 +41,7 @@ SIZES = {  # transformers' name of a setting -> ours
 OWN = (
     "plan",
     "router_lowest",
+    "key_residual",
     "forward_passes",
     "backward_passes",
 )  # what a folder of ours adds, under "nanokv"

@@ -134,6 +134,11 @@ def write(
         v_store[block, :, :, :, slot] = v.permute(2, 0, 1, 3)
 
 
+def read_keys(k_store: Tensor, positions: Tensor) -> Tensor:
+    """The keys (B, n_kv_head, T, d) that `write` has put at T positions (T,)."""
+    return k_store[positions // BLOCK, :, :, positions % BLOCK].permute(1, 2, 0, 3)
+
+
 def dot(x: Tensor, rows: Tensor) -> Tensor:
     """Every row of x (..., r, m) times every one of `rows` (..., n, m): (..., r, n). Made for few rows of
     x, where reading `rows` takes the time: compiled to products and sums it is one loop over `rows`, at the

@@ -32,6 +32,7 @@ class GPTConfig(Shape):
     norm_eps: float = 1e-5
     plan: str = "full"
     router_lowest: int = 0  # no layer was trained to take over the route of one below this
+    key_residual: bool = False  # keys of layers above that one are added to its keys
     stop_tokens: list = field(default_factory=list)  # ids that end a text, besides the tokenizer's own
 
     def __post_init__(self):
@@ -162,10 +163,14 @@ class Block(nn.Module):
         ks: list[Tensor],
         vs: list[Tensor],
         past_only: bool,
+        base: Tensor | None = None,
     ) -> Tensor:
         """Both steps for a single position, x (B, 1, C), over the blocks of a cache. The layer's own K and
-        V are written to its blocks `own` first, where there are any: some layer reads them."""
+        V are written to its blocks `own` first, where there are any: some layer reads them. K is added to
+        that in the blocks `base`, see GPT.key_base."""
         q, k, v = self.project(x, rope, True, own[0] is not None, own[1] is not None)
+        if base is not None:
+            k = k + kernels.read_keys(base, position)
         kernels.write(*own, k, v, position)
         seen = position if past_only else position + 1
         return self(x, q, ks, vs, past_only, seen)
@@ -173,8 +178,8 @@ class Block(nn.Module):
 
 # --- keys and values by layer -----------------------------------------------------------------------------
 # What the layers of one forward share: the plan, the angles of RoPE, and each other's K and V. There are
-# two such stores, with the same methods `put` and `sources`: one for a whole sequence, as in training, and
-# the KV cache.
+# two such stores, with the same methods `put`, `new_keys` and `sources`: one for a whole sequence, as in
+# training, and the KV cache.
 
 
 class SequenceKV:
@@ -189,6 +194,9 @@ class SequenceKV:
 
     def put(self, layer: int, k: Tensor | None, v: Tensor | None) -> None:
         self.k[layer], self.v[layer] = k, v
+
+    def new_keys(self, layer: int) -> Tensor:
+        return self.k[layer]
 
     def sources(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
         """The keys and the values that a layer reads."""
@@ -236,6 +244,10 @@ class KVCache:
         """Write a layer's keys and values, (B, nkv, T, d) each, at the new positions."""
         kernels.write(self.k.get(layer), self.v.get(layer), k, v, self.new_positions)
 
+    def new_keys(self, layer: int) -> Tensor:
+        """A layer's keys at the new positions, (B, nkv, T, d)."""
+        return kernels.read_keys(self.k[layer], self.new_positions)
+
     def sources(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
         """Copies of the keys and values that a layer reads, (B, nkv, length, d) each."""
         ks, vs = self.filled_blocks()
@@ -262,6 +274,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.plan = Plan.parse(config.plan, config.n_layer)
+        self.check_sources(self.plan)
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(
             Block(config, self.attention(config, self.plan, i)) for i in range(config.n_layer)
@@ -322,6 +335,12 @@ class GPT(nn.Module):
 
     def check_sources(self, plan: Plan) -> None:
         """Raise PlanError where the plan reads keys or values that the model does not compute."""
+        base = self.key_base(plan.k_layers[-1])
+        if base is not None and base not in plan.k_layers:
+            raise PlanError(
+                f"plan {plan.spec!r} stores K of layer {plan.k_layers[-1]}, but not of layer {base}, to "
+                "which --key_residual adds it; let a layer read that, too"
+            )
         for i, route in enumerate(plan.routes):
             for kind, have, want in (("K", self.plan.k_layers, route.k), ("V", self.plan.v_layers, route.v)):
                 if missing := set(want) - set(have):
@@ -331,11 +350,21 @@ class GPT(nn.Module):
                         f"{listed(have)}"
                     )
 
+    def key_base(self, i: int) -> int | None:
+        """The layer to whose keys those of layer i are added, if to any. With key_residual, keys differ from
+        those of the lowest layer that other layers may take over by what the layer itself adds. So a layer
+        that reads its keys under one plan and that layer's under another finds much the same."""
+        lowest = self.config.router_lowest
+        return lowest if self.config.key_residual and i > lowest else None
+
     # --- many positions at once: training, evaluation, prompts ---
 
     def project(self, i: int, x: Tensor, kv: SequenceKV | KVCache, need_q: bool = True) -> Tensor | None:
         """Layer i's own K and V, from its input x (B, T, C), go into `kv`. Returns its queries."""
         q, k, v = self.blocks[i].project(x, kv.rope, need_q, i in kv.plan.k_layers, i in kv.plan.v_layers)
+        base = self.key_base(i)
+        if k is not None and base is not None:
+            k = k + kv.new_keys(base)
         kv.put(i, k, v)
         return q
 
@@ -481,7 +510,8 @@ class GPT(nn.Module):
         for i in range(first, self.config.n_layer):
             own = ks.get(i), vs.get(i)
             sources = [ks[j] for j in plan[i].k], [vs[j] for j in plan[i].v]
-            x = self.blocks[i].decode(x, rope, cache.position, own, *sources, plan.reads_above(i))
+            base = ks.get(self.key_base(i)) if i in plan.k_layers else None
+            x = self.blocks[i].decode(x, rope, cache.position, own, *sources, plan.reads_above(i), base)
         return x
 
     def stream(

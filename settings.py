@@ -29,6 +29,7 @@ class TrainConfig:
         0.0, "stochastic KV routing: chance that a layer reads what a random lower layer reads; 0 is off"
     )
     router_lowest: int = setting(0, "stochastic KV routing: lowest layer that other layers may read")
+    key_residual: bool = setting(False, "keys of layers above router_lowest are added to that layer's keys")
     forward_passes: int = setting(7, "cyclic plans: passes without gradient")
     backward_passes: int = setting(2, "cyclic plans: passes with gradient, after those")
     block_size: int = setting(256, "context length, in tokens")

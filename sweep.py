@@ -319,7 +319,14 @@ def search_and_save(folder: str, model: GPT, train_tokens: data.Tokens, measure:
     if model.plan.cyclic or any(len(route.k + route.v) > 2 for route in model.plan.routes):
         built = f"{folder} was built for {model.plan.spec!r}, which iterates or fuses"
         raise UserError(f"--search moves what layers read from one layer to another, and {built}")
-    path = search(model.plan, lambda plan: float(measure(model, train_tokens, plan=plan).mean()))
+
+    def loss(plan: Plan) -> float:
+        try:
+            return float(measure(model, train_tokens, plan=model.resolve(plan)).mean())
+        except PlanError:  # K of this plan is added to K that it does not store
+            return math.inf
+
+    path = search(model.plan, loss)
     rows = [{"plan": p.spec, "cache_ratio": p.cache_ratio, "calibration_loss": loss} for p, loss in path]
     write_lines(rows, Path(folder) / "search.jsonl")
     return [plan for plan, _ in path]

@@ -43,6 +43,8 @@ def reference_logits(model: GPT, ids: list[int], plan: Plan) -> torch.Tensor:
                 k = a.k_proj(h).view(c.n_kv_head, c.head_dim)
                 k = torch.stack([norm(row, a.k_norm.weight, c.norm_eps) for row in k]) if c.qk_norm else k
                 K[i, t] = turn(k, t, c.rope_theta)
+                if c.key_residual and i > c.router_lowest:
+                    K[i, t] += K[c.router_lowest, t]
             if a.v_proj is not None:
                 V[i, t] = a.v_proj(h).view(c.n_kv_head, c.head_dim)
             q = a.q_proj(h).view(c.n_head, c.head_dim)
@@ -140,6 +142,30 @@ def test_one_checkpoint_under_every_plan(n_head, n_kv_head, head_dim, batch):
         got, positions = cached_logits(model, idx, plan, (3,))
         torch.testing.assert_close(got, expected[:, positions], **CLOSE)
     assert (logits[0] - logits[1]).abs().max() > 0.1  # plans do differ
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lowest", [0, 1])
+@pytest.mark.parametrize("built", ["full", "shared-v", "0_1_k1v0_k3v0+1", "0_1_k1+2v0_k1+3v0", "0_1_3_3"])
+def test_keys_that_are_added_to_those_of_a_lower_layer(built, lowest, monkeypatch):
+    """Full forward, prefill in chunks and decode, under the plan built for and under smaller ones."""
+    monkeypatch.setattr(model_module, "PREFILL_CHUNK", 2)
+    model = make_model(built, router_lowest=lowest, key_residual=True)
+    idx = tokens(1, 9)
+    smaller = {"full": ["cla:2", "0_1_k1v0_k2v1"], "shared-v": ["0_k1v0_k1v0_k3v0"]}.get(built, [])
+    for plan in [model.plan, *(Plan.parse(spec, 4) for spec in smaller)]:
+        if lowest not in plan.k_layers:
+            with pytest.raises(PlanError, match="but not of layer 1, to which --key_residual adds it"):
+                model.resolve(plan)
+            continue
+        expected = model.logits(idx, plan)
+        torch.testing.assert_close(expected[0], reference_logits(model, idx[0].tolist(), plan), **CLOSE)
+        splits = (1, 2, 3, 4) if plan.cyclic else (5,)  # a cyclic prompt of n tokens may need n passes
+        got, positions = cached_logits(model, idx, plan, splits)
+        torch.testing.assert_close(got, expected[:, positions], **CLOSE)
+        model.config.key_residual = False
+        assert not torch.allclose(model.logits(idx, plan), expected, atol=0.1)
+        model.config.key_residual = True
 
 
 @torch.no_grad()

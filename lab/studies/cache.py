@@ -11,9 +11,14 @@ from plots import label_percentages, line, picture
 
 NORMAL, PAPER = "", "--router_p=0.5"
 SHARED = "--plan=shared-v --router_p=0.3 --router_lowest=1"
+KEYS_ADDED = "--plan=shared-v --key_residual=true --router_p=0.2 --router_lowest=1"
 FLEXIBLE = {"normal": NORMAL, "stochastic": PAPER, "stochastic shared-v": SHARED}
 # shared-v without routing is the control: beside it shows what routing costs, and what it gains.
-MODELS = FLEXIBLE | {"shared-v, not routed": "--plan=shared-v", "FusedKV": "--plan=fusedkv"}
+MODELS = FLEXIBLE | {
+    "key residual": KEYS_ADDED,
+    "shared-v, not routed": "--plan=shared-v",
+    "FusedKV": "--plan=fusedkv",
+}
 
 Losses = dict[str, dict[float, np.ndarray]]  # name of a model -> share of the cache -> one loss per seed
 
@@ -65,20 +70,21 @@ def table(losses: Losses) -> str:
 
 
 def claims(bench: Workbench, losses: Losses, where: str = "") -> list[Claim]:
-    normal, paper, shared, unrouted, fused = losses.values()
+    normal, paper, shared, added, unrouted, fused = losses.values()
     found = [(OURS, "Stochastic routing has a price at the full cache", paper[1] - normal[1])]
     for share, words in ((0.5, "half"), (0.25, "a quarter of")):
         rise, routed_rise = normal[share] - normal[1], paper[share] - paper[1]
         found.append((ROUTING, f"A normal model gets worse with {words} the cache", rise))
         found.append((ROUTING, f"A stochastic model loses less with {words} the cache", rise - routed_rise))
     for share in sorted({0.5, 0.25, bench.shares[-2]}, reverse=True):
-        text = f"Stochastic shared-v with {percent(share)} of the cache beats a normal model with all of it"
-        found.append((OURS, text, normal[1] - shared[share]))
-    text = "With half the cache stochastic shared-v beats stochastic routing"
-    found.append((OURS, text, paper[0.5] - shared[0.5]))
-    found.append((OURS, "Routing costs shared-v loss where all its cache is kept", shared[1] - unrouted[1]))
-    text = "Routing helps shared-v where a quarter of the cache is kept"
-    found.append((OURS, text, unrouted[0.25] - shared[0.25]))
+        text = f"Key residual with {percent(share)} of the cache beats a normal model with all of it"
+        found.append((OURS, text, normal[1] - added[share]))
+    for name, beaten in (("stochastic routing", paper), ("stochastic shared-v", shared)):
+        found.append((OURS, f"With half the cache key residual beats {name}", beaten[0.5] - added[0.5]))
+    text = "Key residual is worse than unrouted shared-v where all its cache is kept"
+    found.append((OURS, text, added[1] - unrouted[1]))
+    text = "Key residual is better than unrouted shared-v where a quarter of the cache is kept"
+    found.append((OURS, text, unrouted[0.25] - added[0.25]))
     found.append((FUSION, "FusedKV beats a normal model with all its cache", normal[1] - fused[0.5]))
     return [Claim(source, text + where, effects) for source, text, effects in found]
 
@@ -95,6 +101,7 @@ lowest loss on training text (`lab/studies/deploy.py`). Mean and standard deviat
 *Stochastic* is the rule of 2604.22782 with p = 0.5. *Stochastic shared-v*, ours, has V of layer 0 in all
 layers, and draws K from layer 1 and up with p = 0.3: its whole cache is {shared} of a full one, and the
 smallest that it is trained for {percent(bench.shares[-2])}, K of two layers and V of one.
+*Key residual* has p = 0.2 and `--key_residual`: K of layer 1 is added to those of layers above.
 
 {table(losses)}
 ![loss against cache](PICTURES/cache.png)
