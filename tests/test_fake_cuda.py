@@ -65,7 +65,7 @@ def fake(monkeypatch):
 
 
 def cuda_model(plan: str) -> GPT:
-    model = GPT(GPTConfig(plan=plan, **SIZES))
+    model = GPT(GPTConfig(plan=plan, key_residual=plan == "shared-v", **SIZES))
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:

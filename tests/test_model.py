@@ -332,9 +332,9 @@ def test_a_long_prompt_needs_bounded_memory():
 @torch.no_grad()
 def test_compiled_decode_equals_uncompiled_and_never_compiles_again():
     """Every attention form, over block borders; then other prompts, lengths and caches of the same plans."""
-    for spec, B in (("fusedkv", 2), ("sandwich-middle:2", 1)):
+    for spec, B, added in (("fusedkv", 2, False), ("sandwich-middle:2", 1, False), ("shared-v", 1, True)):
         idx = tokens(B, 320)
-        model = make_model(spec, block_size=320, qkv_bias=True, qk_norm=True)
+        model = make_model(spec, block_size=320, qkv_bias=True, qk_norm=True, key_residual=added)
         expected = model.generate(idx[:, :124], 140, temperature=0)
         kernels.compile_decoding(model)
         assert torch.equal(model.generate(idx[:, :124], 140, temperature=0), expected)
@@ -568,10 +568,10 @@ def test_compiled_pieces_serve_every_plan():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("spec", ["full", "fusedkv", "sandwich-middle:2"])
+@pytest.mark.parametrize("spec", ["full", "fusedkv", "sandwich-middle:2", "shared-v"])
 def test_steps_of_fixed_sizes_decode_the_same(spec):
     """As a CUDA graph has them: all blocks of the cache are read, and those not filled yet masked."""
-    model = make_model(spec, block_size=400)
+    model = make_model(spec, block_size=400, key_residual=spec == "shared-v")
     idx = tokens(2, 120)
     expected = model.generate(idx, 20, temperature=0)
     cache = KVCache(model.config, model.plan, 2, 400)
@@ -584,9 +584,9 @@ def test_steps_of_fixed_sizes_decode_the_same(spec):
 
 @torch.no_grad()
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("spec", ["full", "fusedkv", "cla:2", "sandwich-middle:2"])
+@pytest.mark.parametrize("spec", ["full", "fusedkv", "cla:2", "sandwich-middle:2", "shared-v"])
 def test_cuda_graphs_decode_the_same(spec):
-    model = make_model(spec, block_size=400).cuda()
+    model = make_model(spec, block_size=400, key_residual=spec == "shared-v").cuda()
     idx = tokens(2, 200).cuda()
     expected = model.generate(idx[:, :120], 30, temperature=0)
     kernels.compile_decoding(model)

@@ -418,9 +418,13 @@ def test_bfloat16_training_follows_float32(corpus, tmp_path, script, settings):
     assert losses[0] == pytest.approx(losses[1], abs=0.02) and losses[0] != losses[1]
 
 
-def test_layers_below_the_lowest_are_read_by_themselves_alone(corpus, tmp_path, script):
+@pytest.mark.parametrize("key_residual", [False, True])
+def test_layers_below_the_lowest_are_read_by_themselves_alone(
+    key_residual, corpus, tmp_path, script, refused
+):
     out = tmp_path / "run"
-    status, _, err = script("train.py", *flags(corpus, out, router_p=0.9, router_lowest=1))
+    settings = {"router_p": 0.9, "router_lowest": 1, "key_residual": key_residual}
+    status, _, err = script("train.py", *flags(corpus, out, **settings))
     assert status == 0, err
     plans = [Plan.parse(spec, 4) for drawn in read_log(out, "plans").values() for spec in drawn]
     assert len(set(plans)) > 3
@@ -429,6 +433,16 @@ def test_layers_below_the_lowest_are_read_by_themselves_alone(corpus, tmp_path, 
     assert script("sweep.py", "--out_dir", out, "--windows", 2)[0] == 0
     swept = [json.loads(line)["plan"] for line in (out / "sweep.jsonl").read_text().splitlines()]
     assert "keep:0,1" in swept and "keep:0" not in swept
+    assert script("sweep.py", "--out_dir", out, "--windows", 2, "--search", "--plans", "auto:0.5")[0] == 0
+    found = [
+        Plan.parse(json.loads(line)["plan"], 4) for line in (out / "search.jsonl").read_text().splitlines()
+    ]
+    assert len(found) == 7
+    if key_residual:  # K of layer 1 is stored as long as K of any layer above it
+        assert all(1 in plan.k_layers or plan.k_layers == (0,) for plan in found)
+        assert "but not of layer 1" in refused(
+            "sample.py", "--out_dir", out, "--plan", "keep:0,2", "--max_new_tokens", 4
+        )
 
 
 def test_sweep_scores_draws_and_overlays(trained, tmp_path, script, refused):
