@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kv_router import Plan
-from lab.studies.cache import FLEXIBLE, NORMAL, PAPER, SHARED
+from lab.studies.cache import FLEXIBLE, KEYS_ADDED, NORMAL, PAPER, SHARED
 from lab.studies.deploy import deployed
 from lab.studies.report import OURS, Claim, Section, markdown, mean_std, percent
 from lab.studies.workbench import Workbench, seeded
@@ -14,6 +14,7 @@ from model import GPT, SequenceKV
 from plots import line, picture
 
 LENGTH = 64  # tokens of a sequence, which then comes a second time
+MODELS = FLEXIBLE | {"key residual": KEYS_ADDED}
 
 
 def shares(bench: Workbench) -> tuple[float, ...]:
@@ -70,11 +71,11 @@ def copying(bench: Workbench, run: str, spec: str) -> np.ndarray:
 def study(bench: Workbench) -> Section:
     lengths = [bench.steps // 2, bench.steps, 4 * bench.steps]
     flags = {n: "" if n == bench.steps else f"--max_iters={n} " for n in lengths}
-    runs = {(n, s): (flags[n] + s).strip() for n in lengths for s in FLEXIBLE.values()}
+    runs = {(n, s): (flags[n] + s).strip() for n in lengths for s in MODELS.values()}
     bench.train(run for settings in runs.values() for run in seeded(settings))
     rows, gains = [], {}
     with picture(bench.pictures / "induction.png", columns=2) as axes:
-        for i, (name, settings) in enumerate(FLEXIBLE.items()):
+        for i, (name, settings) in enumerate(MODELS.items()):
             for n in lengths:
                 cells = []
                 for share in shares(bench):
@@ -88,12 +89,15 @@ def study(bench: Workbench) -> Section:
                 line(ax, lengths, [gains[n, settings, 1][:, k].mean() for n in lengths], i, name)
         axes[0].set(xlabel="steps", ylabel="lower loss of the second copy, nats per token")
         axes[1].set(xlabel="steps", ylabel="highest induction score of a head")
-    draw_heads(bench, [runs[lengths[-1], settings] for settings in FLEXIBLE.values()])
-    normal, paper, shared = (gains[lengths[-1], s, 1][:, 0] for s in (NORMAL, PAPER, SHARED))
+    draw_heads(bench, [runs[lengths[-1], settings] for settings in MODELS.values()])
+    normal, paper, shared, added = (
+        gains[lengths[-1], s, 1][:, 0] for s in (NORMAL, PAPER, SHARED, KEYS_ADDED)
+    )
     when = f"after {lengths[-1]:,} steps"
     claims = [
         Claim(OURS, f"A normal model has more induction than a stochastic one {when}", normal - paper),
         Claim(OURS, f"Stochastic shared-v has more induction than stochastic {when}", shared - paper),
+        Claim(OURS, f"Key residual has more induction than stochastic {when}", added - paper),
     ]
     text = f"""{LENGTH} held-out tokens in random order, and the same again. How much lower is the loss of the
 second copy, in nats per token; and, after the semicolon, the highest induction score of a head: the attention
@@ -113,7 +117,7 @@ positions of both copies (rows) give to earlier ones. Induction is the line {LEN
 
 
 def draw_heads(bench: Workbench, settings: list[str]) -> None:
-    with picture(bench.pictures / "heads.png", columns=3, rows=3, width=3, height=3.4) as axes:
+    with picture(bench.pictures / "heads.png", columns=3, rows=len(MODELS), width=3, height=3.4) as axes:
         for row, run in zip(axes, (seeded(s)[0] for s in settings)):
             model, _ = bench.load(run)
             idx = sequences(bench, run)
@@ -129,5 +133,5 @@ def draw_heads(bench: Workbench, settings: list[str]) -> None:
                     interpolation="nearest",
                 )
                 ax.set_title(f"layer {layer}, head {head}, cache {percent(share)}", fontsize=9)
-        for row, name in zip(axes, FLEXIBLE):
+        for row, name in zip(axes, MODELS):
             row[0].set_ylabel(name, fontsize=8)
