@@ -351,9 +351,9 @@ class GPT(nn.Module):
                     )
 
     def key_base(self, i: int) -> int | None:
-        """The layer to whose keys those of layer i are added, if to any. With key_residual, keys differ from
-        those of the lowest layer that other layers may take over by what the layer itself adds. So a layer
-        that reads its keys under one plan and that layer's under another finds much the same."""
+        """The layer whose keys are added to those of layer i: with key_residual, `router_lowest` for all
+        layers above it. A layer that reads another's keys under some plan then finds much the same: the sum
+        without what one of them adds, or with what another adds."""
         lowest = self.config.router_lowest
         return lowest if self.config.key_residual and i > lowest else None
 

@@ -399,9 +399,11 @@ def main(rule: Rule = uniform_below, model_class: type[GPT] = GPT) -> None:
         "ranks": parallel.RANKS, "matmul_flops_per_s": trainer.peak_flops / parallel.RANKS,
     }, trainer.folder)  # fmt: skip
     how = f"plan {c.plan}"
+    if c.key_residual:
+        how += f", keys added to layer {c.router_lowest}'s"
     if router:
         drawn = f" among layers {c.router_lowest} and above" if c.router_lowest else ""
-        how += f" with stochastic routing, p = {c.router_p}{drawn}"
+        how += f", stochastic routing with p = {c.router_p}{drawn}"
     print(f"{c.out_dir}: {n_params:,} parameters, {how}, {c.max_iters} steps of {c.tokens_per_step:,} tokens")
     dtype = str(trainer.dtype).removeprefix("torch.")
     compiling = f"{'compiled' if compiled else 'not compiled'} ({why})"
