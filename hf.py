@@ -347,8 +347,8 @@ def export(model: GPT) -> tuple[dict, dict[str, Tensor]]:
 
 def save_hf(model: GPT, folder: str | Path) -> None:
     """Write a folder that transformers opens (see `export`). With a plan other than `full`, transformers
-    finds no weights for the projections that the plan does without, and knows nothing of the plan;
-    `load_hf` does."""
+    finds no weights for the projections that the plan does without; it knows nothing of the plan, nor of
+    key_residual. `load_hf` does."""
     from safetensors.torch import save
 
     folder = Path(folder)
@@ -373,6 +373,8 @@ def main():
         if (tokenizer := Path(args.out_dir) / name).exists():
             shutil.copyfile(tokenizer, Path(args.folder) / name)
     print(f"wrote {args.folder}: {model.config.vocab_size:,} tokens, plan {model.plan.spec}")
+    if model.config.key_residual:
+        print("with --key_residual, which transformers does not have: there its outputs would differ")
 
 
 if __name__ == "__main__":

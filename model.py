@@ -32,7 +32,7 @@ class GPTConfig(Shape):
     norm_eps: float = 1e-5
     plan: str = "full"
     router_lowest: int = 0  # no layer was trained to take over the route of one below this
-    key_residual: bool = False  # keys of layers above that one are added to its keys
+    key_residual: bool = False  # the keys of layer router_lowest are added to those of all layers above it
     stop_tokens: list = field(default_factory=list)  # ids that end a text, besides the tokenizer's own
 
     def __post_init__(self):
@@ -166,8 +166,8 @@ class Block(nn.Module):
         base: Tensor | None = None,
     ) -> Tensor:
         """Both steps for a single position, x (B, 1, C), over the blocks of a cache. The layer's own K and
-        V are written to its blocks `own` first, where there are any: some layer reads them. K is added to
-        that in the blocks `base`, see GPT.key_base."""
+        V are written to its blocks `own` first, where there are any: some layer reads them. The keys in the
+        blocks `base` are added to its own, see GPT.key_base."""
         q, k, v = self.project(x, rope, True, own[0] is not None, own[1] is not None)
         if base is not None:
             k = k + kernels.read_keys(base, position)
@@ -335,12 +335,6 @@ class GPT(nn.Module):
 
     def check_sources(self, plan: Plan) -> None:
         """Raise PlanError where the plan reads keys or values that the model does not compute."""
-        base = self.key_base(plan.k_layers[-1])
-        if base is not None and base not in plan.k_layers:
-            raise PlanError(
-                f"plan {plan.spec!r} stores K of layer {plan.k_layers[-1]}, but not of layer {base}, to "
-                "which --key_residual adds it; let a layer read that, too"
-            )
         for i, route in enumerate(plan.routes):
             for kind, have, want in (("K", self.plan.k_layers, route.k), ("V", self.plan.v_layers, route.v)):
                 if missing := set(want) - set(have):
@@ -349,11 +343,16 @@ class GPT(nn.Module):
                         f"model, built for {self.plan.spec!r}, does not compute; it has {kind} of layers "
                         f"{listed(have)}"
                     )
+        base = self.key_base(plan.k_layers[-1])
+        if base is not None and base not in plan.k_layers:
+            raise PlanError(
+                f"plan {plan.spec!r} stores K of layer {plan.k_layers[-1]} and not of layer {base}, which "
+                f"this model adds to it (--key_residual); keep K of layer {base}, too"
+            )
 
     def key_base(self, i: int) -> int | None:
-        """The layer whose keys are added to those of layer i: with key_residual, `router_lowest` for all
-        layers above it. A layer that reads another's keys under some plan then finds much the same: the sum
-        without what one of them adds, or with what another adds."""
+        """The layer whose keys are added to those of layer i: with key_residual, layer `router_lowest` for
+        all layers above it. A layer that is routed to another's keys then still finds those in them."""
         lowest = self.config.router_lowest
         return lowest if self.config.key_residual and i > lowest else None
 

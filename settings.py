@@ -8,6 +8,7 @@ from pathlib import Path
 import hf
 import parallel
 from cli import UserError, checked, given_settings, setting
+from kv_router import Plan
 from model import MAX_CONTEXT, GPTConfig
 from runs import find_checkpoint
 
@@ -29,7 +30,7 @@ class TrainConfig:
         0.0, "stochastic KV routing: chance that a layer reads what a random lower layer reads; 0 is off"
     )
     router_lowest: int = setting(0, "stochastic KV routing: lowest layer that other layers may read")
-    key_residual: bool = setting(False, "keys of layers above router_lowest are added to that layer's keys")
+    key_residual: bool = setting(False, "add the keys of layer router_lowest to those of all layers above it")
     forward_passes: int = setting(7, "cyclic plans: passes without gradient")
     backward_passes: int = setting(2, "cyclic plans: passes with gradient, after those")
     block_size: int = setting(256, "context length, in tokens")
@@ -128,6 +129,11 @@ def check(c: TrainConfig) -> None:
         raise UserError(f"--min_lr {c.min_lr} is above --learning_rate {c.learning_rate}; lower it too")
     if c.router_lowest and not 0 <= c.router_lowest < c.n_layer:
         raise UserError(f"--router_lowest {c.router_lowest} is not valid; it must be 0 to {c.n_layer - 1}")
+    if c.key_residual and Plan.parse(c.plan, c.n_layer)[c.router_lowest].k != (c.router_lowest,):
+        raise UserError(
+            f"--key_residual adds K to that of layer {c.router_lowest}, which does not read its own in plan "
+            f"{c.plan!r}; choose another --router_lowest or --plan, for example shared-v"
+        )
     if c.batch_size % parallel.RANKS:
         raise UserError(
             f"--batch_size {c.batch_size} cannot be divided among {parallel.RANKS} ranks; give a multiple"
@@ -163,7 +169,12 @@ def like_folder(given: dict, folder: str) -> TrainConfig:
     c = TrainConfig(**given)
     found = asdict(hf.read_config(folder, c.block_size))
     sizes = {f.name: found[f.name] for f in fields(TrainConfig) if f.name in found}
-    for name in set(sizes) & set(given) - {"plan", "router_lowest", "forward_passes", "backward_passes"}:
+    free = {"plan", "forward_passes", "backward_passes"}
+    if not found["key_residual"]:
+        free.add("router_lowest")
+    for name in set(sizes) & set(given) - free:
         if sizes[name] != given[name]:
-            raise UserError(f"--{name} {given[name]} contradicts {folder}, which has {sizes[name]}")
+            raise UserError(
+                f"--{name} {given[name]} contradicts {folder}, which has {sizes[name]}; leave it out"
+            )
     return TrainConfig(**asdict(c) | sizes | given)

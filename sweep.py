@@ -62,16 +62,17 @@ def ladder(model: GPT) -> list[str]:
     return list(dict.fromkeys(specs))
 
 
-def search(start: Plan, loss: Callable[[Plan], float]) -> list[tuple[Plan, float]]:
+def search(start: Plan, loss: Callable[[Plan], float], lowest: int = 0) -> list[tuple[Plan, float]]:
     """A good plan for every cache size, with its loss, from `start` down: again and again drop the K or the V
-    whose loss hurts least, and let the best of the stored layers below stand in for it.
+    whose loss hurts least, and let the best of the stored layers below stand in for it. K of layer `lowest`
+    and below stay: no layer learned to do without them.
 
     A drop mostly costs no less than it did when more was stored. So the drops wait in order of their last
     known cost, and only as many are evaluated anew as it takes to find one that still costs least: a few
     per step, not one per stored tensor."""
     loss = cache(loss)
     path = [(start, loss(start))]
-    queue = [(-math.inf, "k", layer) for layer in start.k_layers if layer > start.k_layers[0]]
+    queue = [(-math.inf, "k", layer) for layer in start.k_layers if layer > max(start.k_layers[0], lowest)]
     queue += [(-math.inf, "v", layer) for layer in start.v_layers if layer > start.v_layers[0]]
     heapq.heapify(queue)
     progress = Progress("searching", len(queue))
@@ -319,14 +320,11 @@ def search_and_save(folder: str, model: GPT, train_tokens: data.Tokens, measure:
     if model.plan.cyclic or any(len(route.k + route.v) > 2 for route in model.plan.routes):
         built = f"{folder} was built for {model.plan.spec!r}, which iterates or fuses"
         raise UserError(f"--search moves what layers read from one layer to another, and {built}")
-
-    def loss(plan: Plan) -> float:
-        try:
-            return float(measure(model, train_tokens, plan=model.resolve(plan)).mean())
-        except PlanError:  # K of this plan is added to K that it does not store
-            return math.inf
-
-    path = search(model.plan, loss)
+    path = search(
+        model.plan,
+        lambda plan: float(measure(model, train_tokens, plan=plan).mean()),
+        model.config.router_lowest,
+    )
     rows = [{"plan": p.spec, "cache_ratio": p.cache_ratio, "calibration_loss": loss} for p, loss in path]
     write_lines(rows, Path(folder) / "search.jsonl")
     return [plan for plan, _ in path]

@@ -400,7 +400,7 @@ def main(rule: Rule = uniform_below, model_class: type[GPT] = GPT) -> None:
     }, trainer.folder)  # fmt: skip
     how = f"plan {c.plan}"
     if c.key_residual:
-        how += f", keys added to layer {c.router_lowest}'s"
+        how += f", keys of layer {c.router_lowest} added to those above"
     if router:
         drawn = f" among layers {c.router_lowest} and above" if c.router_lowest else ""
         how += f", stochastic routing with p = {c.router_p}{drawn}"

@@ -313,11 +313,12 @@ def make_contenders(args, device: str, dtype: torch.dtype) -> list[Ours]:
             )
     model = model.to(device, dtype).eval()
     names = args.plans or [p for p in PLANS if model.config.n_layer > 3 or p == "full"]
-    if model.plan.spec != "full":
+    if model.plan.spec != "full" or model.config.key_residual:
         names = args.plans or [model.plan.spec]
         if args.peer:
+            added = " with --key_residual" if model.config.key_residual else ""
             raise UserError(
-                f"--peer hf knows no sharing, and {args.out_dir} was built for {model.plan.spec!r}"
+                f"--peer hf knows no sharing, and {args.out_dir} was built for {model.plan.spec!r}{added}"
             )
     specs = dict.fromkeys(auto_plan(spec, args.out_dir or "") for spec in names)
     return [Ours(model, spec) for spec in specs]

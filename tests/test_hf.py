@@ -120,11 +120,19 @@ def test_plans_and_gates_come_back(plan, tmp_path):
     back = load_hf(tmp_path)
     assert back.plan == model.plan
     torch.testing.assert_close(back.logits(tokens(1, 9)), model.logits(tokens(1, 9)), rtol=0, atol=0)
-    save_hf(make_model("full", key_residual=True), tmp_path)
-    assert load_hf(tmp_path).config.key_residual
     save_hf(make_model("full"), tmp_path)  # nothing of the old plan may stay behind
     back = load_hf(tmp_path)
     assert back.plan.spec == "full" and not back.config.key_residual
+
+
+@torch.no_grad()
+def test_a_key_residual_comes_back(tmp_path):
+    model = make_model("shared-v", key_residual=True, router_lowest=1)
+    save_hf(model, tmp_path)
+    expected = model.logits(tokens(1, 9))
+    torch.testing.assert_close(load_hf(tmp_path).logits(tokens(1, 9)), expected, rtol=0, atol=0)
+    model.config.key_residual = False
+    assert not torch.allclose(model.logits(tokens(1, 9)), expected, atol=0.1)
 
 
 @torch.no_grad()

@@ -146,7 +146,9 @@ def test_one_checkpoint_under_every_plan(n_head, n_kv_head, head_dim, batch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("lowest", [0, 1])
-@pytest.mark.parametrize("built", ["full", "shared-v", "0_1_k1v0_k3v0+1", "0_1_k1+2v0_k1+3v0", "0_1_3_3"])
+@pytest.mark.parametrize(
+    "built", ["full", "shared-v", "0_1_k1v0_k3v0+1", "0_1_k1+2v0_k1+3v0", "0_1_3_3", "0_3_1_3"]
+)
 def test_keys_that_are_added_to_those_of_a_lower_layer(built, lowest, monkeypatch):
     """Full forward, prefill in chunks and decode, under the plan built for and under smaller ones."""
     monkeypatch.setattr(model_module, "PREFILL_CHUNK", 2)
@@ -155,7 +157,7 @@ def test_keys_that_are_added_to_those_of_a_lower_layer(built, lowest, monkeypatc
     smaller = {"full": ["cla:2", "0_1_k1v0_k2v1"], "shared-v": ["0_k1v0_k1v0_k3v0"]}.get(built, [])
     for plan in [model.plan, *(Plan.parse(spec, 4) for spec in smaller)]:
         if lowest not in plan.k_layers:
-            with pytest.raises(PlanError, match="but not of layer 1, to which --key_residual adds it"):
+            with pytest.raises(PlanError, match="and not of layer 1, which this model adds to it"):
                 model.resolve(plan)
             continue
         expected = model.logits(idx, plan)

@@ -268,6 +268,8 @@ def test_mistakes_get_one_line_and_leave_nothing(corpus, tmp_path, refused, trai
     assert "not a probability" in bad(router_p=1.5)
     assert "iterates or fuses" in bad(router_p=0.5, plan="fusedkv")
     assert "--router_lowest 4 is not valid; it must be 0 to 3" in bad(router_p=0.5, router_lowest=4)
+    residual = {"key_residual": True, "router_lowest": 1, "plan": "cla:2"}
+    assert "layer 1, which does not read its own in plan 'cla:2'" in bad(**residual)
     assert "must be 1 or more" in bad(batch_size=0)
     assert "n_layer 0 is not valid; a model has 1 to 1000 layers" in bad(n_layer=0)
     assert "not a multiple" in bad(n_head=3)
@@ -437,12 +439,15 @@ def test_layers_below_the_lowest_are_read_by_themselves_alone(
     found = [
         Plan.parse(json.loads(line)["plan"], 4) for line in (out / "search.jsonl").read_text().splitlines()
     ]
-    assert len(found) == 7
-    if key_residual:  # K of layer 1 is stored as long as K of any layer above it
-        assert all(1 in plan.k_layers or plan.k_layers == (0,) for plan in found)
-        assert "but not of layer 1" in refused(
+    assert len(found) == 6 and all(plan.k_layers[:2] == (0, 1) for plan in found)
+    if key_residual:
+        assert "and not of layer 1, which this model adds to it" in refused(
             "sample.py", "--out_dir", out, "--plan", "keep:0,2", "--max_new_tokens", 4
         )
+        pytest.importorskip("safetensors")
+        assert "which transformers does not have" in script("hf.py", out, tmp_path / "folder")[1]
+        tuning = flags(corpus, tmp_path / "tuned", init_from=f"hf:{tmp_path / 'folder'}", router_lowest=0)
+        assert "--router_lowest 0 contradicts" in refused("train.py", *tuning)
 
 
 def test_sweep_scores_draws_and_overlays(trained, tmp_path, script, refused):

@@ -11,11 +11,11 @@ from plots import label_percentages, line, picture
 
 NORMAL, PAPER = "", "--router_p=0.5"
 SHARED = "--plan=shared-v --router_p=0.3 --router_lowest=1"
-KEYS_ADDED = "--plan=shared-v --key_residual=true --router_p=0.2 --router_lowest=1"
+KEY_RESIDUAL = "--plan=shared-v --key_residual=true --router_p=0.2 --router_lowest=1"
 FLEXIBLE = {"normal": NORMAL, "stochastic": PAPER, "stochastic shared-v": SHARED}
 # shared-v without routing is the control: beside it shows what routing costs, and what it gains.
 MODELS = FLEXIBLE | {
-    "key residual": KEYS_ADDED,
+    "key residual": KEY_RESIDUAL,
     "shared-v, not routed": "--plan=shared-v",
     "FusedKV": "--plan=fusedkv",
 }

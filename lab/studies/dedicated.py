@@ -3,13 +3,13 @@
 import numpy as np
 
 from kv_router import Plan
-from lab.studies.cache import KEYS_ADDED, NORMAL, PAPER, SHARED
+from lab.studies.cache import KEY_RESIDUAL, NORMAL, PAPER, SHARED
 from lab.studies.deploy import deployments, losses_within
 from lab.studies.report import OURS, Claim, Section, markdown, mean_std, percent
 from lab.studies.workbench import Workbench, seeded
 
-STOCHASTIC = {"stochastic": PAPER, "stochastic shared-v": SHARED, "key residual": KEYS_ADDED}
-ADDED = " --key_residual=true --router_lowest=1"  # without routing
+STOCHASTIC = {"stochastic": PAPER, "stochastic shared-v": SHARED, "key residual": KEY_RESIDUAL}
+UNROUTED = " --key_residual=true --router_lowest=1"  # after the settings of a plan: without routing
 
 
 def dedicated(bench: Workbench, n_kv_head: int) -> dict[str, tuple[float, str]]:
@@ -18,7 +18,7 @@ def dedicated(bench: Workbench, n_kv_head: int) -> dict[str, tuple[float, str]]:
     shared = Plan.parse("shared-v", n_layer).cache_ratio
     models = {
         "own K, V of layer 0 (`shared-v`)": (shared, "--plan=shared-v"),
-        "the same with key residual": (shared, "--plan=shared-v" + ADDED),
+        "the same with key residual": (shared, "--plan=shared-v" + UNROUTED),
         "CLA-2": (0.5, "--plan=cla:2"),
         "YOCO": (0.5, "--plan=yoco"),
         "GQA, half the KV heads": (0.5, f"--n_kv_head={n_kv_head // 2}"),
@@ -34,8 +34,8 @@ def dedicated(bench: Workbench, n_kv_head: int) -> dict[str, tuple[float, str]]:
             plan = Plan.parse(deployments(n_layer, share, lowest=1)[-1], n_layer)
             name = f"K of {len(plan.k_layers)} layers, V of layer 0"
             models[name] = (share, f"--plan={plan.spec}")
-            if len(plan.k_layers) > 2:  # of two, layer 0 has no residual, and layer 1 is what it is added to
-                models[f"{name}, key residual"] = (share, f"--plan={plan.spec}{ADDED}")
+            if len(plan.k_layers) > 2:  # of two layers, none is above layer 1
+                models[f"{name}, key residual"] = (share, f"--plan={plan.spec}{UNROUTED}")
     return dict(sorted(models.items(), key=lambda item: -item[1][0]))
 
 
@@ -61,7 +61,7 @@ def study(bench: Workbench) -> Section:
             text = f"{name}: within 1% of the best model for one plan of at most {percent(share)}"
             flexible = losses_within(bench, seeded(STOCHASTIC[name]), share)
             claims.append(Claim(OURS, text, 1.01 * best[share] - flexible))
-    half, quarter = (losses_within(bench, seeded(KEYS_ADDED), share).mean() for share in (0.5, 0.25))
+    half, quarter = (losses_within(bench, seeded(KEY_RESIDUAL), share).mean() for share in (0.5, 0.25))
     summary = f"""Where a full cache has a loss of {full.mean():.3f}, models trained for half of it have
 {losses["FusedKV"].mean():.3f} (FusedKV), {losses["FusedKV-Lite"].mean():.3f} (FusedKV-Lite) and
 {best[0.5].mean():.3f} (the best), and for a quarter of it {best[0.25].mean():.3f}; one checkpoint for all

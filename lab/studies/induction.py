@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kv_router import Plan
-from lab.studies.cache import FLEXIBLE, KEYS_ADDED, NORMAL, PAPER, SHARED
+from lab.studies.cache import FLEXIBLE, KEY_RESIDUAL, NORMAL, PAPER, SHARED
 from lab.studies.deploy import deployed
 from lab.studies.report import OURS, Claim, Section, markdown, mean_std, percent
 from lab.studies.workbench import Workbench, seeded
@@ -14,7 +14,7 @@ from model import GPT, SequenceKV
 from plots import line, picture
 
 LENGTH = 64  # tokens of a sequence, which then comes a second time
-MODELS = FLEXIBLE | {"key residual": KEYS_ADDED}
+MODELS = FLEXIBLE | {"key residual": KEY_RESIDUAL}
 
 
 def shares(bench: Workbench) -> tuple[float, ...]:
@@ -91,7 +91,7 @@ def study(bench: Workbench) -> Section:
         axes[1].set(xlabel="steps", ylabel="highest induction score of a head")
     draw_heads(bench, [runs[lengths[-1], settings] for settings in MODELS.values()])
     normal, paper, shared, added = (
-        gains[lengths[-1], s, 1][:, 0] for s in (NORMAL, PAPER, SHARED, KEYS_ADDED)
+        gains[lengths[-1], s, 1][:, 0] for s in (NORMAL, PAPER, SHARED, KEY_RESIDUAL)
     )
     when = f"after {lengths[-1]:,} steps"
     claims = [

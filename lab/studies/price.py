@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from lab.studies.cache import KEYS_ADDED, NORMAL, PAPER, SHARED
+from lab.studies.cache import KEY_RESIDUAL, NORMAL, PAPER, SHARED
 from lab.studies.deploy import losses_within
 from lab.studies.report import OURS, Claim, Section, markdown, mean_std, percent
 from lab.studies.workbench import Workbench, seeded
@@ -23,8 +23,8 @@ RULES = {  # of drawing -> settings, and what it is
     "value residual from 1": (f"value-residual {FROM_1}", "layer 0 never drawn, V mixed with its V"),
     "shared-v from 0": (SHARED_FROM_0, "V of layer 0 for all; K own or of a lower layer, p = 0.3"),
     "shared-v from 1": (SHARED, "K of layer 0 never drawn"),
-    "key residual": (KEYS_ADDED, "p = 0.2, and K of layer 1 is added to that of layers above"),
-    "key residual, p = 0.3": (KEYS_ADDED.replace("0.2", "0.3"), "the same with p = 0.3"),
+    "key residual": (KEY_RESIDUAL, "p = 0.2, and K of layer 1 is added to that of layers above"),
+    "key residual, p = 0.3": (KEY_RESIDUAL.replace("0.2", "0.3"), "the same with p = 0.3"),
     "shared-v from 2": (SHARED.replace("lowest=1", "lowest=2"), "K of layers 0 and 1 never drawn"),
     "shared-v from 1, rungs": (
         f"rungs {SHARED.replace('0.3', '0.2')}",
