@@ -40,7 +40,7 @@ def sizes(bench: Workbench) -> dict[str, dict[float, tuple[str, str]]]:
     steps, layers = bench.steps, bench.n_layer
     for what, flag, values in (
         ("steps", "max_iters", (steps // 2, steps, 4 * steps)),
-        ("layers", "n_layer", (layers // 2, layers, layers * 3 // 2)),
+        ("layers", "n_layer", (layers // 2, layers)),
     ):
         studies[what] = {}
         for value in values:
