@@ -204,7 +204,7 @@ def yoco(n_layer: int) -> list[Route]:
     return reading(min(i, half - 1) for i in range(n_layer))
 
 
-@family("shared-v", "every layer reads its own K and layer 0's V")
+@family("shared-v", "every layer reads its own K and layer 0's V (SVFormer)")
 def shared_v(n_layer: int) -> list[Route]:
     return [Route((i,), (0,)) for i in range(n_layer)]
 

@@ -98,9 +98,9 @@ def study(bench: Workbench) -> Section:
     shared = percent(Plan.parse("shared-v", bench.n_layer).cache_ratio)
     text = f"""Within each share of the cache every run is deployed under the plan, out of a few, that has the
 lowest loss on training text (`lab/studies/deploy.py`). Mean and standard deviation over three seeds.
-*Stochastic* is the rule of 2604.22782 with p = 0.5. *Stochastic shared-v*, ours, has V of layer 0 in all
-layers, and draws K from layer 1 and up with p = 0.3: its whole cache is {shared} of a full one, and the
-smallest that it is trained for {percent(bench.shares[-2])}, K of two layers and V of one.
+*Stochastic* is the rule of 2604.22782 with p = 0.5. *Shared-v* has V of layer 0 in all layers, as SVFormer
+(2410.17897): {shared} of a full cache. *Stochastic shared-v*, ours, also draws K of layer 1 and up with
+p = 0.3, and is trained for {percent(bench.shares[-2])} of a full cache or more, K of two layers and V of one.
 *Key residual* has p = 0.2 and `--key_residual`: K of layer 1 is added to those of layers above.
 
 {table(losses)}

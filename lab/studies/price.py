@@ -1,13 +1,11 @@
 """The price of flexibility: what a stochastic model loses at the full cache, and which rule of drawing is
 cheapest."""
 
-from collections.abc import Iterable
-
 import numpy as np
 
 from lab.studies.cache import KEY_RESIDUAL, NORMAL, PAPER, SHARED
 from lab.studies.deploy import losses_within
-from lab.studies.report import OURS, Claim, Section, markdown, mean_std, percent
+from lab.studies.report import OURS, Claim, Section, markdown, mean_std, percent, series
 from lab.studies.workbench import Workbench, seeded
 from plots import line, picture
 
@@ -67,11 +65,6 @@ def by_size(bench: Workbench, ax) -> tuple[str, dict[str, list[str]]]:
     ax.set_xscale("log", base=2)
     ax.set(xlabel="relative size", ylabel="price, nats per token")
     return text, in_words
-
-
-def series(words: Iterable[str]) -> str:
-    *first, last = words
-    return f"{', '.join(first)} and {last}"
 
 
 def judged(bench: Workbench) -> list[float]:

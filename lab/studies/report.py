@@ -58,6 +58,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g}%"
 
 
+def series(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}"
+
+
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
