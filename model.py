@@ -334,7 +334,8 @@ class GPT(nn.Module):
         return plan
 
     def check_sources(self, plan: Plan) -> None:
-        """Raise PlanError where the plan reads keys or values that the model does not compute."""
+        """Raise PlanError where the plan reads keys or values that the model does not compute, or where it
+        does not store the keys that are added to others."""
         for i, route in enumerate(plan.routes):
             for kind, have, want in (("K", self.plan.k_layers, route.k), ("V", self.plan.v_layers, route.v)):
                 if missing := set(want) - set(have):

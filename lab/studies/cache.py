@@ -70,7 +70,7 @@ def table(losses: Losses) -> str:
 
 
 def claims(bench: Workbench, losses: Losses, where: str = "") -> list[Claim]:
-    normal, paper, shared, added, unrouted, fused = losses.values()
+    normal, paper, shared, residual, unrouted, fused = losses.values()
     found = [(OURS, "Stochastic routing has a price at the full cache", paper[1] - normal[1])]
     for share, words in ((0.5, "half"), (0.25, "a quarter of")):
         rise, routed_rise = normal[share] - normal[1], paper[share] - paper[1]
@@ -78,13 +78,13 @@ def claims(bench: Workbench, losses: Losses, where: str = "") -> list[Claim]:
         found.append((ROUTING, f"A stochastic model loses less with {words} the cache", rise - routed_rise))
     for share in sorted({0.5, 0.25, bench.shares[-2]}, reverse=True):
         text = f"Key residual with {percent(share)} of the cache beats a normal model with all of it"
-        found.append((OURS, text, normal[1] - added[share]))
+        found.append((OURS, text, normal[1] - residual[share]))
     for name, beaten in (("stochastic routing", paper), ("stochastic shared-v", shared)):
-        found.append((OURS, f"With half the cache key residual beats {name}", beaten[0.5] - added[0.5]))
+        found.append((OURS, f"With half the cache key residual beats {name}", beaten[0.5] - residual[0.5]))
     text = "Key residual is worse than unrouted shared-v where all its cache is kept"
-    found.append((OURS, text, added[1] - unrouted[1]))
+    found.append((OURS, text, residual[1] - unrouted[1]))
     text = "Key residual is better than unrouted shared-v where a quarter of the cache is kept"
-    found.append((OURS, text, unrouted[0.25] - added[0.25]))
+    found.append((OURS, text, unrouted[0.25] - residual[0.25]))
     found.append((FUSION, "FusedKV beats a normal model with all its cache", normal[1] - fused[0.5]))
     return [Claim(source, text + where, effects) for source, text, effects in found]
 

@@ -90,14 +90,14 @@ def study(bench: Workbench) -> Section:
         axes[0].set(xlabel="steps", ylabel="lower loss of the second copy, nats per token")
         axes[1].set(xlabel="steps", ylabel="highest induction score of a head")
     draw_heads(bench, [runs[lengths[-1], settings] for settings in MODELS.values()])
-    normal, paper, shared, added = (
+    normal, paper, shared, residual = (
         gains[lengths[-1], s, 1][:, 0] for s in (NORMAL, PAPER, SHARED, KEY_RESIDUAL)
     )
     when = f"after {lengths[-1]:,} steps"
     claims = [
         Claim(OURS, f"A normal model has more induction than a stochastic one {when}", normal - paper),
         Claim(OURS, f"Stochastic shared-v has more induction than stochastic {when}", shared - paper),
-        Claim(OURS, f"Key residual has more induction than stochastic {when}", added - paper),
+        Claim(OURS, f"Key residual has more induction than stochastic {when}", residual - paper),
     ]
     text = f"""{LENGTH} held-out tokens in random order, and the same again. How much lower is the loss of the
 second copy, in nats per token; and, after the semicolon, the highest induction score of a head: the attention
@@ -117,7 +117,7 @@ positions of both copies (rows) give to earlier ones. Induction is the line {LEN
 
 
 def draw_heads(bench: Workbench, settings: list[str]) -> None:
-    with picture(bench.pictures / "heads.png", columns=3, rows=len(MODELS), width=3, height=3.4) as axes:
+    with picture(bench.pictures / "heads.png", columns=3, rows=len(MODELS), width=2.4, height=2.7) as axes:
         for row, run in zip(axes, (seeded(s)[0] for s in settings)):
             model, _ = bench.load(run)
             idx = sequences(bench, run)
