@@ -13,7 +13,6 @@ import http.client
 import itertools
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -28,8 +27,8 @@ import numpy as np
 import tiktoken
 import torch
 
-import cli
-from cli import Parser, Progress, UserError, first_line, read_json
+from support import cli
+from support.cli import Parser, Progress, UserError, first_line, read_json
 
 # --- tokenizers -------------------------------------------------------------------------------------------
 
@@ -62,7 +61,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
         for pair in zip(word, word[1:]):
             count[pair] += freq[w]
             where[pair].add(w)
-    queue = [(-n, pair) for pair, n in count.items()]  # entries go stale; the counter has the last word
+    queue = [(-n, pair) for pair, n in count.items()]  # heap entries may be outdated; trust `count`
     heapq.heapify(queue)
 
     tokens = [bytes([b]) for b in range(256)]
@@ -137,29 +136,31 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 def load_tokenizer(folder: str | Path) -> "tiktoken.Encoding | JsonTokenizer":
     """The tokenizer of a tokenized corpus (data/NAME) or of a run that was trained on one."""
-    folder = Path(folder)
-    meta = read_meta(folder)
-    name = meta["tokenizer"]
-    if name == "bytes":
-        enc = encoding("bytes", {bytes([b]): b for b in range(256)})
-    elif name == "gpt2":
-        try:
-            enc = tiktoken.get_encoding("gpt2")
-        except OSError as e:
-            raise UserError(
-                "tokenizer gpt2 is downloaded at first use and could not be reached; go online once, or use "
-                "--tokenizer bpe:4096 or bytes"
-            ) from e
-    elif name.endswith(".json"):
-        enc = JsonTokenizer(folder / "tokenizer.json")
-    else:
-        enc = encoding(name, read_ranks(folder / "tokenizer.tiktoken"))
-    if enc.n_vocab != meta.get("vocab_size", enc.n_vocab):
+    meta = read_meta(Path(folder))
+    enc = open_tokenizer(meta["tokenizer"], Path(folder))
+    if enc.n_vocab != meta["vocab_size"]:
         raise UserError(
-            f"{folder}: its tokenizer has {enc.n_vocab:,} tokens and meta.json says "
-            f"{meta.get('vocab_size')}; {MAKE_AGAIN}"
+            f"{folder}: its tokenizer has {enc.n_vocab:,} tokens and meta.json says {meta['vocab_size']}; "
+            f"{MAKE_AGAIN}"
         )
     return enc
+
+
+def open_tokenizer(name: str, folder: Path) -> "tiktoken.Encoding | JsonTokenizer":
+    """The tokenizer that --tokenizer calls `name`, with its file in `folder` where it has one."""
+    if name == "bytes":
+        return encoding("bytes", {bytes([b]): b for b in range(256)})
+    if name.endswith(".json"):
+        return JsonTokenizer(folder / "tokenizer.json")
+    if name != "gpt2":
+        return encoding(name, read_ranks(folder / "tokenizer.tiktoken"))
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except OSError as e:
+        raise UserError(
+            "tokenizer gpt2 is downloaded at first use and could not be reached; go online once, or use "
+            "--tokenizer bpe:4096 or bytes"
+        ) from e
 
 
 class JsonTokenizer:
@@ -203,11 +204,11 @@ def prompt(enc: "tiktoken.Encoding | JsonTokenizer", text: str) -> list[int]:
 
 class TextStream:
     """The text of tokens that arrive one by one. What a token adds depends on those before it, and a
-    character may take several tokens: text is given out when all of its tokens are there."""
+    character may take several tokens: it is emitted once its bytes are complete."""
 
     def __init__(self, enc: "tiktoken.Encoding | JsonTokenizer"):
         self.enc = enc
-        self.before: list[int] = []  # the tokens given out last, as context
+        self.before: list[int] = []  # the tokens emitted last, as context
         self.waiting: list[int] = []
 
     def __call__(self, token: int) -> str:
@@ -237,11 +238,25 @@ MAX_VOCAB = 1 << 20  # a damaged file must not make us allocate without bound
 
 
 def read_meta(folder: Path) -> dict:
-    if not (folder / "meta.json").exists():
+    """What meta.json says of a corpus. UserError where it is missing, or is not what `prepare` writes."""
+    path = folder / "meta.json"
+    if not path.exists():
         raise UserError(f"no tokenized corpus in {folder}; python data.py --help says how to make one")
-    meta = read_json(folder / "meta.json", MAKE_AGAIN)
-    if not isinstance(meta.get("tokenizer"), str):
-        raise UserError(f"{folder / 'meta.json'} names no tokenizer; {MAKE_AGAIN}")
+    meta = read_json(path, MAKE_AGAIN)
+
+    def count(value, below: int = 1 << 63) -> bool:
+        return type(value) is int and 1 <= value < below
+
+    try:
+        right = isinstance(meta["tokenizer"], str) and count(meta["vocab_size"], MAX_VOCAB)
+        right = right and meta["dtype"] in ("uint16", "uint32")
+        for split in ("train", "val"):
+            right = right and count(meta[split]["tokens"]) and count(meta[split]["bytes"])
+            right = right and isinstance(meta[split]["sha256"], str)
+    except (KeyError, TypeError):
+        right = False
+    if not right:
+        raise UserError(f"{path} is not that of a tokenized corpus; {MAKE_AGAIN}")
     return meta
 
 
@@ -279,35 +294,28 @@ def files_below(folder: Path, pattern: str, left_out: Iterable[str] = ()) -> lis
 
 def text_files(folder: Path, pattern: str) -> list[Path]:
     """The files below a folder that match the pattern and hold UTF-8 text, or a single file. Says what was
-    passed over, and raises UserError where nothing matches or most files are something else."""
+    left out, and raises UserError where nothing matches or most files are something else."""
     paths = files_below(folder, pattern) if folder.is_dir() else [folder]
     if not paths:
         raise UserError(f"no file below {folder} matches --glob {pattern!r}; hidden ones are left out")
-    texts, skipped, empty, crlf = [], [], 0, 0
+    texts, left_out = [], {}
     for path in paths:
         try:
-            text = read_text(path)
+            read_text(path)
+            texts.append(path)
         except UserError as e:
             if path == folder:
                 raise
-            skipped.append((path, "UTF-16" in str(e)))
-            continue
-        texts.append(path)
-        empty += not text
-        crlf += "\r\n" in text
-    if skipped:
-        names = ", ".join(str(path.relative_to(folder)) for path, _ in sorted(skipped)[:3])
-        more = ", ..." if len(skipped) > 3 else ""
-        found = f"{len(skipped)} of {len(paths)} files below {folder} are not UTF-8 text: {names}{more}"
-        if utf16 := sum(is_utf16 for _, is_utf16 in skipped):
+            left_out[path] = str(e)
+    if left_out:
+        names = ", ".join(str(path.relative_to(folder)) for path in sorted(left_out)[:3])
+        more = ", ..." if len(left_out) > 3 else ""
+        found = f"{len(left_out)} of {len(paths)} files below {folder} are not UTF-8 text: {names}{more}"
+        if utf16 := sum("UTF-16" in reason for reason in left_out.values()):
             found += f" ({utf16} in UTF-16: convert with iconv -f UTF-16 -t UTF-8)"
-        if len(skipped) > len(texts):
+        if len(left_out) > len(texts):
             raise UserError(f"{found}; choose the text files, for example --glob '*.txt'")
         print(f"left out: {found}")
-    if empty:
-        print(f"empty: {empty} of {len(paths)} files")
-    if crlf:
-        print(f"Windows line ends (CRLF), which stay as they are: in {crlf} of {len(paths)} files")
     return texts
 
 
@@ -387,12 +395,9 @@ def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
     """Cut a long text at line ends into about `size` characters, to tokenize it in bounded memory."""
     start = 0
     while start < len(text):
-        end = (
-            len(text)
-            if len(text) - start <= size
-            else text.rfind("\n", start, start + size) + 1 or start + size
-        )
-        end = end if end > start else start + size
+        end = len(text)
+        if end - start > size:
+            end = text.rfind("\n", start, start + size) + 1 or start + size
         yield text[start:end]
         start = end
 
@@ -430,25 +435,6 @@ def _sample(documents: Callable[[], Iterable[str]]) -> Iterator[str]:
                 return
 
 
-class TokenFile:
-    """train.bin or val.bin while it is written, with the counts that meta.json has of it."""
-
-    def __init__(self, path: Path, dtype: np.dtype):
-        self.file, self.dtype, self.hash = open(path, "wb"), dtype, hashlib.sha256()
-        self.n_tokens = self.n_bytes = 0
-
-    def add(self, ids: list[int], n_bytes: int = 0) -> None:
-        raw = np.array(ids, dtype=self.dtype).tobytes()
-        self.file.write(raw)
-        self.hash.update(raw)
-        self.n_tokens += len(ids)
-        self.n_bytes += n_bytes  # of text
-
-    def close(self) -> dict:
-        self.file.close()
-        return {"tokens": self.n_tokens, "bytes": self.n_bytes, "sha256": self.hash.hexdigest()}
-
-
 def prepare(
     folder: Path,
     documents: Callable[[], Iterable[str]],
@@ -463,10 +449,8 @@ def prepare(
     try:
         print(f"{folder}: tokenizer {tokenizer}", flush=True)
         make_tokenizer(tokenizer, documents, work)
-        meta = {"tokenizer": tokenizer, "source": source}
-        (work / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        enc = load_tokenizer(work)
-        meta |= write_tokens(work, documents, enc, n_bytes)
+        enc = open_tokenizer(tokenizer, work)
+        meta = {"tokenizer": tokenizer, "source": source} | write_tokens(work, documents, enc, n_bytes)
         for split in ("train", "val"):
             if meta[split]["tokens"] < 2:
                 raise UserError(
@@ -489,20 +473,27 @@ def prepare(
 def write_tokens(folder: Path, documents: Callable[[], Iterable[str]], enc, n_bytes: int | None) -> dict:
     """Write train.bin and val.bin. Returns what meta.json says of them."""
     dtype = np.dtype("<u2" if enc.n_vocab <= 1 << 16 else "<u4")
-    files = {split: TokenFile(folder / f"{split}.bin", dtype) for split in ("train", "val")}
+    files = {split: open(folder / f"{split}.bin", "wb") for split in ("train", "val")}
+    counts = {split: {"tokens": 0, "bytes": 0} for split in files}
     progress = Progress("tokenizing", n_bytes)
+
+    def add(split: str, ids: list[int], text: str = "") -> None:
+        files[split].write(np.array(ids, dtype=dtype).tobytes())
+        counts[split]["tokens"] += len(ids)
+        counts[split]["bytes"] += len(text.encode())
+
     for text, split in split_documents(documents()):
-        file = files[split]
         if text:
-            file.add(getattr(enc, "start", []))  # what its tokenizer puts in front of every text
-        for piece in pieces(text):
-            file.add(enc.encode_ordinary(piece), len(piece.encode()))
-            n_tokens = sum(file.n_tokens for file in files.values())
-            progress(sum(file.n_bytes for file in files.values()), f"{n_tokens:,} tokens")
-        if text:
-            file.add([enc.eot_token])
+            add(split, getattr(enc, "start", []))  # what its tokenizer puts in front of every text
+            for piece in pieces(text):
+                add(split, enc.encode_ordinary(piece), piece)
+            add(split, [enc.eot_token])
+            n_tokens, done = (sum(count[key] for count in counts.values()) for key in ("tokens", "bytes"))
+            progress(done, f"{n_tokens:,} tokens")
     progress.close()
-    counts = {split: file.close() for split, file in files.items()}
+    for split, file in files.items():
+        file.close()
+        counts[split]["sha256"] = sha256(folder / f"{split}.bin")
     return {"vocab_size": enc.n_vocab, "dtype": dtype.name} | counts
 
 
@@ -529,11 +520,9 @@ def sha256(path: Path) -> str:
 def verified(folder: Path) -> dict:
     """The meta data of a tokenized corpus, after comparing its files with the checksums there."""
     meta = read_meta(folder)
-    if type(meta.get("vocab_size")) is not int or not 1 <= meta["vocab_size"] <= MAX_VOCAB:
-        raise UserError(f"{folder / 'meta.json'} says vocab_size {meta.get('vocab_size')!r}; {MAKE_AGAIN}")
     for split in ("train", "val"):
-        path, counts = folder / f"{split}.bin", meta.get(split)
-        if not path.exists() or not isinstance(counts, dict) or sha256(path) != counts.get("sha256"):
+        path = folder / f"{split}.bin"
+        if not path.exists() or sha256(path) != meta[split]["sha256"]:
             raise UserError(f"{path} is missing or its sha256 is not the one in meta.json; {MAKE_AGAIN}")
     return meta
 
@@ -564,17 +553,17 @@ class Tokens:
     def __init__(self, folder: str | Path, split: str, block_size: int):
         self.meta = read_meta(Path(folder))
         self.path, self.block_size = Path(folder) / f"{split}.bin", block_size
+        counts = self.meta[split]
+        self.bytes_per_token = counts["bytes"] / counts["tokens"]
         try:
-            dtype = {"uint16": "<u2", "uint32": "<u4"}[self.meta["dtype"]]
-            count, n_bytes = self.meta[split]["tokens"], self.meta[split]["bytes"]
-            if not (1 <= self.meta["vocab_size"] <= MAX_VOCAB and 1 <= n_bytes < 1 << 63):
-                raise ValueError(f"meta.json says vocab_size {self.meta['vocab_size']}, {n_bytes} bytes")
-            self.bytes_per_token = n_bytes / count
-            self.ids = np.memmap(self.path, dtype=dtype, mode="r")
-            if len(self.ids) != count:
-                raise ValueError(f"it holds {len(self.ids):,} tokens and meta.json says {count:,}")
-        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as e:
+            self.ids = np.memmap(self.path, dtype={"uint16": "<u2", "uint32": "<u4"}[self.meta["dtype"]], mode="r")
+        except (OSError, ValueError) as e:
             raise UserError(f"cannot read {self.path} ({e}); {MAKE_AGAIN}") from e
+        if len(self.ids) != counts["tokens"]:
+            raise UserError(
+                f"{self.path} holds {len(self.ids):,} tokens and meta.json says {counts['tokens']:,}; "
+                f"{MAKE_AGAIN}"
+            )
         self.n_windows = (len(self.ids) - 1) // block_size
         if self.n_windows < 1:
             raise UserError(
@@ -619,23 +608,17 @@ class Tokens:
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--dataset", choices=("python", "shakespeare"), help="a built-in corpus (the default: python)"
-    )
-    parser.add_argument("--input", metavar="PATH", help="a UTF-8 file, or a folder of them; needs --name")
-    parser.add_argument("--glob", default="*", help="with --input FOLDER: the files to take [*, all]")
-    parser.add_argument(
-        "--hf", metavar="NAME", help="a Hugging Face dataset or a local .jsonl or .parquet file"
-    )
-    parser.add_argument("--split", default="train", help="with --hf: the split to read [train]")
-    parser.add_argument("--column", default="text", help="with --hf: the column that holds the text [text]")
-    parser.add_argument("--name", help="the folder below --data_dir to write [the dataset's name]")
-    parser.add_argument(
-        "--tokenizer",
-        default="bpe:4096",
-        help="bpe:SIZE, gpt2, bytes, a .tiktoken file or a tokenizer.json [bpe:4096]",
-    )
-    parser.add_argument("--data_dir", default="data", help="where tokenized corpora live [data]")
+    add = parser.add_argument
+    add("--dataset", choices=("python", "shakespeare"), help="a built-in corpus (the default: python)")
+    add("--input", metavar="PATH", help="a UTF-8 file, or a folder of them; needs --name")
+    add("--glob", default="*", help="with --input FOLDER: the files to take [*, all]")
+    add("--hf", metavar="NAME", help="a Hugging Face dataset or a local .jsonl or .parquet file")
+    add("--split", default="train", help="with --hf: the split to read [train]")
+    add("--column", default="text", help="with --hf: the column that holds the text [text]")
+    add("--name", help="the folder below --data_dir to write [the dataset's name]")
+    kinds = "bpe:SIZE, gpt2, bytes, a .tiktoken file or a tokenizer.json"
+    add("--tokenizer", default="bpe:4096", help=f"{kinds} [bpe:4096]")
+    add("--data_dir", default="data", help="where tokenized corpora live [data]")
     args = parser.parse_args()
     if "" in (args.input, args.hf):
         raise UserError("--input and --hf must not be empty")
@@ -650,8 +633,8 @@ def main():
     if args.input:
         path = Path(args.input)
         paths = text_files(path, args.glob)
-        size = sum(p.stat().st_size for p in paths if p.exists())
-        prepare(folder, lambda: map(read_text, paths), args.tokenizer, os.path.basename(path.resolve()), size)
+        size = sum(p.stat().st_size for p in paths)
+        prepare(folder, lambda: map(read_text, paths), args.tokenizer, path.resolve().name, size)
     elif args.hf:
         prepare(folder, hugging_face(args.hf, args.split, args.column), args.tokenizer, args.hf)
     else:

@@ -26,10 +26,10 @@ class Route:
     k: tuple[int, ...]
     v: tuple[int, ...]
 
-
-def both_of(layer: int) -> Route:
-    """The route of whoever reads the keys and the values of one layer."""
-    return Route((layer,), (layer,))
+    @classmethod
+    def of(cls, layer: int) -> "Route":
+        """Read K and V of one layer."""
+        return cls((layer,), (layer,))
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Plan:
     @cached_property
     def spec(self) -> str:
         """The canonical notation: equal plans have equal specs, and parsing one gives the plan back."""
-        kept = [i for i, route in enumerate(self.routes) if route == both_of(i)]
+        kept = [i for i, route in enumerate(self.routes) if route == Route.of(i)]
         keep = "keep:" + ",".join(map(str, kept))
         for spec in ("full", keep, "shared-v", "fusedkv", "fusedkv-lite"):
             try:
@@ -73,7 +73,7 @@ class Plan:
                     return spec
             except PlanError:  # `keep:` without layer 0, halves of a single layer
                 continue
-        return "_".join(entry(route) for route in self.routes)
+        return "_".join(map(route_spec, self.routes))
 
     @cached_property
     def k_layers(self) -> tuple[int, ...]:
@@ -126,26 +126,6 @@ class Plan:
             low = high + 1
         return tuple(segments)
 
-    def draw(self) -> str:
-        """A row for every layer, the bottom one last, and a column for every source layer. `KV` marks a layer
-        that reads its own, `kv` one that reads another's, and `k` or `v` where only keys or values come from
-        there."""
-        width = max(3, len(str(len(self) - 1)) + 1)
-        columns = "".join(f"{j:>{width}}" for j in range(len(self)))
-        lines = [f"layer reads from{columns}   stores"]
-        for low, high in reversed(self.segments):
-            for i in range(high, low - 1, -1):
-                cells = ""
-                for j in range(len(self)):
-                    mark = "k" * (j in self[i].k) + "v" * (j in self[i].v) or "."
-                    cells += f"{mark.upper() if i == j else mark:>{width}}"
-                stores = "K" * (i in self.k_layers) + "V" * (i in self.v_layers) or "-"
-                notes = [f"iterated {low}-{high}"] if low < high else []
-                if i == self.last_full_layer:
-                    notes.append("<- last layer to see the whole prompt")
-                lines.append(f"{i:>16}{cells}   {stores:6}   {'  '.join(notes)}".rstrip())
-        return "\n".join(lines)
-
 
 # --- notation ---------------------------------------------------------------------------------------------
 # A family is a function that returns the routes of n_layer layers. What stands after the colon of its
@@ -167,13 +147,13 @@ def family(notation: str, meaning: str):
     return register
 
 
-def reading(sources: Iterable[int]) -> list[Route]:
+def read_from(sources: Iterable[int]) -> list[Route]:
     """The routes of layers that each read K and V of one source layer."""
-    return [both_of(j) for j in sources]
+    return [Route.of(j) for j in sources]
 
 
-def halfway(n_layer: int) -> int:
-    """The first layer of the upper half."""
+def lower_half(n_layer: int) -> int:
+    """The number of layers in the lower half."""
     if n_layer < 2:
         raise PlanError("there are no two halves; this plan needs 2 layers or more, for example full")
     return n_layer // 2
@@ -181,7 +161,7 @@ def halfway(n_layer: int) -> int:
 
 @family("full", "every layer reads its own KV")
 def full(n_layer: int) -> list[Route]:
-    return reading(range(n_layer))
+    return read_from(range(n_layer))
 
 
 @family("keep:0,2,5", "these layers keep their cache, every other reads the nearest kept layer below")
@@ -189,19 +169,19 @@ def keep(n_layer: int, layers: str) -> list[Route]:
     kept = {layer_number(part, n_layer) for part in layers.split(",")}
     if 0 not in kept:
         raise PlanError("layer 0 is not kept; it has none below it to read, for example keep:0")
-    return reading(max(j for j in kept if j <= i) for i in range(n_layer))
+    return read_from(max(j for j in kept if j <= i) for i in range(n_layer))
 
 
 @family("cla:K", "groups of K adjacent layers read the group's bottom layer (CLA)")
 def cla(n_layer: int, group_size: str) -> list[Route]:
     size = whole_number(group_size, 1, n_layer, "group size", f"cla:{min(2, n_layer)}")
-    return reading(i - i % size for i in range(n_layer))
+    return read_from(i - i % size for i in range(n_layer))
 
 
 @family("yoco", "the lower half own their KV, the upper half reads the last of them (YOCO)")
 def yoco(n_layer: int) -> list[Route]:
-    half = halfway(n_layer)
-    return reading(min(i, half - 1) for i in range(n_layer))
+    half = lower_half(n_layer)
+    return read_from(min(i, half - 1) for i in range(n_layer))
 
 
 @family("shared-v", "every layer reads its own K and layer 0's V (SVFormer)")
@@ -211,15 +191,15 @@ def shared_v(n_layer: int) -> list[Route]:
 
 @family("fusedkv", "the upper half fuses the K and V of layer 0 and of the middle (FusedKV)")
 def fusedkv(n_layer: int) -> list[Route]:
-    half = halfway(n_layer)
+    half = lower_half(n_layer)
     bottom_and_middle = tuple(sorted({0, half - 1}))
-    return reading(range(half)) + [Route(bottom_and_middle, bottom_and_middle)] * (n_layer - half)
+    return read_from(range(half)) + [Route(bottom_and_middle, bottom_and_middle)] * (n_layer - half)
 
 
 @family("fusedkv-lite", "the upper half reads the middle layer's K and layer 0's V (FusedKV-Lite)")
 def fusedkv_lite(n_layer: int) -> list[Route]:
-    half = halfway(n_layer)
-    return reading(range(half)) + [Route((half - 1,), (0,))] * (n_layer - half)
+    half = lower_half(n_layer)
+    return read_from(range(half)) + [Route((half - 1,), (0,))] * (n_layer - half)
 
 
 def unified(shape: str, target: str, n_layer: int, n_kv_layers: str) -> list[Route]:
@@ -239,7 +219,7 @@ def unified(shape: str, target: str, n_layer: int, n_kv_layers: str) -> list[Rou
         high = end - 1
         source = {"bottom": low, "middle": (low + high) // 2, "top": high}[target]
         sources += [source] * (end - low)
-    return reading(sources)
+    return read_from(sources)
 
 
 SHAPES = {
@@ -260,7 +240,7 @@ EXPLICIT = {
 }
 
 
-def entry(route: Route) -> str:
+def route_spec(route: Route) -> str:
     """A layer's entry in the explicit notation."""
     if route.k == route.v and len(route.k) == 1:
         return str(route.k[0])
@@ -331,17 +311,13 @@ def quoted(text: str) -> str:
 
 # --- stochastic routing -----------------------------------------------------------------------------------
 
-# A rule draws the routes of a training step: rule(rng, base, p, step), where layer i's own route is base[i].
-# One that --router_lowest is to work with also takes `lowest`.
-Rule = Callable[[random.Random, Plan, float, int], list[Route]]
 
+def uniform_below(rng: random.Random, base: Plan, p: float, lowest: int = 0) -> list[Route]:
+    """Draw the routes of one training step by the rule of arXiv 2604.22782: every layer i >= 1 keeps its own
+    route, base[i], with probability 1 - p, and otherwise takes that of a layer drawn uniformly from 0 .. i-1.
+    Layer 0 always keeps its own.
 
-def uniform_below(rng: random.Random, base: Plan, p: float, step: int, lowest: int = 0) -> list[Route]:
-    """The rule of arXiv 2604.22782: every layer i >= 1 follows its own route with probability 1 - p, and
-    otherwise that of a layer drawn uniformly from 0 .. i-1. Layer 0 always follows its own.
-
-    With `lowest`, which is ours, it is drawn from lowest .. i-1, so that no layer takes over the route of one
-    below `lowest`."""
+    `lowest`, which is ours, narrows the draw to lowest .. i-1."""
     routes = []
     for i in range(len(base)):
         source = rng.randrange(lowest, i) if i > lowest and rng.random() < p else i
@@ -353,14 +329,17 @@ def uniform_below(rng: random.Random, base: Plan, p: float, step: int, lowest: i
 class StochasticRouter:
     """Random cross-layer attention (arXiv 2604.22782): the plan that each training step runs under.
 
-    `base` is the plan whose routes are drawn from, `rule` how they are drawn. `plan` is a pure function of
-    the seed and its arguments, so a resumed run and every rank of a distributed one draw the same plans."""
+    `base` is the plan whose routes are drawn from, `lowest` the lowest layer that others are routed to, and
+    `rule` how routes are drawn. `plan` is a pure function of the seed and the step, so a resumed run and every
+    rank of a distributed one draw the same plans. Raises PlanError for a p that is no probability and for a
+    base that iterates or fuses."""
 
     n_layer: int
     p: float
     seed: int = 0
     base: str = "full"
-    rule: Rule = uniform_below
+    lowest: int = 0
+    rule: Callable[[random.Random, Plan, float, int], list[Route]] = uniform_below
 
     def __post_init__(self):
         if not 0 <= self.p <= 1:
@@ -375,15 +354,13 @@ class StochasticRouter:
     def base_plan(self) -> Plan:
         return Plan.parse(self.base, self.n_layer)
 
-    def plan(self, step: int, draw: int | None = None) -> Plan:
-        """The plan of a (micro-)step. `draw`, by default the step, numbers the random draws: with the same
-        numbers at every step, evaluations can be compared."""
-        number = step if draw is None else draw
-        rng = random.Random(f"{self.seed}:{number}")  # hashes the text, to the same seed on every machine
-        return Plan(tuple(self.rule(rng, self.base_plan, self.p, step)))
+    def plan(self, step: int) -> Plan:
+        """The plan of a training step."""
+        rng = random.Random(f"{self.seed}:{step}")  # hashes the text, to the same seed on every machine
+        return Plan(tuple(self.rule(rng, self.base_plan, self.p, self.lowest)))
 
 
 if __name__ == "__main__":
     import runpy
 
-    runpy.run_module("costs", run_name="__main__")  # which draws plans, and prints what they cost
+    runpy.run_module("support.costs", run_name="__main__")  # which draws plans, and prints what they cost

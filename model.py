@@ -1,11 +1,21 @@
-"""The transformer and its KV cache: Llama-shaped (RMSNorm, RoPE, SwiGLU, grouped-query attention), with one
-attention forward for training, prefill and decode under every plan of `kv_router.py`.
+"""The transformer and its KV cache: Llama-shaped (RMSNorm, RoPE, SwiGLU, grouped-query attention), with one path
+through the layers for training, prompts and decoding, under every plan of `kv_router.py`.
 
-Shapes: B sequences, T positions, C = n_embd features, nh query and nkv key/value heads of d features each.
-"""
+Names, and what the papers call them:
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+    B, T, C      sequences, positions, features of the residual stream (n_embd)
+    nh, nkv, d   query heads, key/value heads, features of a head
+    q, k, v      one layer's queries (B, nh, T, d), keys after RoPE and values (B, nkv, T, d): Q_i, K_i, V_i
+    plan, route  whose K and V every layer reads; the entry of one layer. A source is a layer that is read
+    gates        a and b of FusedKV, one per source, KV head and feature: K_i = a_0 * K_0 + a_1 * K_(n-1)
+    past_only    a layer that reads above itself sees only positions before its own (2410.14442)
+    segment      layers that run together: one layer, or a group that iterates because it reads in a circle
+    passes       how often a group runs: m = forward_passes without gradients, then b = backward_passes with
+
+`# sharing:` marks every place where an ordinary transformer becomes one that shares its cache."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn as nn
@@ -13,42 +23,71 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from costs import Shape
+from kernels import Linear
 from kv_router import Plan, PlanError
 
 MAX_CONTEXT = 1 << 20  # tokens; a damaged file must not make us allocate without bound
 PREFILL_CHUNK = 1024  # prompt positions that run through the layers at once, which bounds memory
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines of the angles at T positions, (T, d) each
+Sources = tuple[list[Tensor], list[Tensor]]  # the keys and the values that one layer reads
 
 
 @dataclass(kw_only=True)
-class GPTConfig(Shape):
-    """Sizes (see `costs.Shape`) and the plan that the parameters are built for."""
+class GPTConfig:
+    """Sizes, and the plan that the parameters are built for. Raises PlanError for what no model can have.
 
-    block_size: int = 256
+    Zero stands for a default: n_kv_head = n_head, head_dim = n_embd / n_head, and n_hidden = 8/3 n_embd
+    rounded up to a multiple of 32, which gives SwiGLU's three matrices the size of a plain MLP's two."""
+
+    vocab_size: int = 4096
+    block_size: int = 256  # the longest context
+    n_layer: int = 8
+    n_head: int = 4
+    n_kv_head: int = 2
+    n_embd: int = 128
+    head_dim: int = 0
+    n_hidden: int = 0
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # Llama 3's, see rope_frequencies
     norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    # sharing:
     plan: str = "full"
-    router_lowest: int = 0  # no layer was trained to take over the route of one below this
-    key_residual: bool = False  # the keys of layer router_lowest are added to those of all layers above it
+    router_lowest: int = 0  # the lowest layer that others were routed to
+    forward_passes: int = 7
+    backward_passes: int = 2
     stop_tokens: list = field(default_factory=list)  # ids that end a text, besides the tokenizer's own
 
     def __post_init__(self):
-        super().__post_init__()
-        if not all(type(token) is int for token in self.stop_tokens):
-            raise PlanError(f"stop_tokens {self.stop_tokens!r} is not a list of token ids")
-        if not 1 <= self.block_size <= MAX_CONTEXT:
-            raise PlanError(f"block_size {self.block_size} is not valid; it must be 1 to {MAX_CONTEXT}")
+        self.n_kv_head = self.n_kv_head or self.n_head
+        can_be_zero = ("head_dim", "n_hidden", "router_lowest", "forward_passes")
+        highest = {"block_size": MAX_CONTEXT, "router_lowest": self.n_layer - 1}
+        for f in fields(self):
+            low, high = int(f.name not in can_be_zero), highest.get(f.name, (1 << 31) - 1)
+            value = getattr(self, f.name)
+            if f.type is int and not low <= value <= high:
+                raise PlanError(f"{f.name} {value} is not valid; it must be {low} to {high}")
+        if self.n_embd % self.n_head and not self.head_dim:
+            raise PlanError(
+                f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; change one or set head_dim"
+            )
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        self.n_hidden = self.n_hidden or -(-self.n_embd * 8 // 3 // 32) * 32
+        if self.head_dim % 2:
+            raise PlanError(
+                f"head_dim {self.head_dim} is odd; RoPE rotates pairs of features, so it must be even"
+            )
+        if self.n_head % self.n_kv_head:
+            raise PlanError(
+                f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}; change one of them"
+            )
+        Plan.parse(self.plan, self.n_layer)
 
 
 # --- layers -----------------------------------------------------------------------------------------------
-
-
-class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -59,6 +98,7 @@ class Attention(nn.Module):
         super().__init__()
         C, nh, nkv, d = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
         self.n_kv_head, self.head_dim = nkv, d
+        # sharing: keys and values that no layer reads have no projection.
         has_k, has_v = layer in plan.k_layers, layer in plan.v_layers
         self.q_proj = Linear(C, nh * d, bias=config.qkv_bias)
         self.k_proj = Linear(C, nkv * d, bias=config.qkv_bias) if has_k else None
@@ -66,10 +106,10 @@ class Attention(nn.Module):
         self.o_proj = Linear(nh * d, C, bias=False)
         self.q_norm = nn.RMSNorm(d, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(d, eps=config.norm_eps) if config.qk_norm and has_k else None
-        # Fusion gates (arXiv 2512.03870). Keys are fused after RoPE; one gate for both features of a
+        # sharing: fusion gates (arXiv 2512.03870). Keys are fused after RoPE; one gate for both features of a
         # rotated pair keeps attention a function of relative position. Where gates start matters: at the
         # layer's own K and V if they are among the sources, otherwise like FusedKV-Lite at the top K and
-        # the bottom V.
+        # the bottom V. Even gates end 0.12 nats higher.
         k, v = plan[layer].k, plan[layer].v
         self.k_gate = self.new_gate(k, start=layer if layer in k else k[-1], width=d // 2)
         self.v_gate = self.new_gate(v, start=layer if layer in v else v[0], width=d)
@@ -85,24 +125,19 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, heads * d) -> (B, heads, T, d)
 
     def norm_and_rotate(self, x: Tensor, norm: nn.RMSNorm | None, rope: Rope) -> Tensor:
-        if norm is not None:  # with the weight in the type of x: bfloat16 keys must stay bfloat16
-            x = F.rms_norm(x, norm.normalized_shape, norm.weight.type_as(x), norm.eps)
+        if norm is not None:
+            x = norm(x).type_as(x)  # under autocast it returns float32, and bfloat16 keys must stay bfloat16
         return kernels.rotate(x, *rope)
 
-    def project(
-        self, h: Tensor, rope: Rope, need_q: bool, need_k: bool, need_v: bool
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Queries (B, nh, T, d), keys and values (B, nkv, T, d), as far as they are needed."""
-        needed = ((self.q_proj, need_q), (self.k_proj, need_k), (self.v_proj, need_v))
-        outputs = [self.heads(y) for y in kernels.linears(h, [proj for proj, need in needed if need])]
-        v = outputs.pop() if need_v else None
-        k = self.norm_and_rotate(outputs.pop(), self.k_norm, rope) if need_k else None
-        q = self.norm_and_rotate(outputs.pop(), self.q_norm, rope) if need_q else None
+    def project(self, h: Tensor, rope: Rope, need_q: bool, need_k: bool, need_v: bool):
+        """Queries (B, nh, T, d), keys and values (B, nkv, T, d), or None for what is not needed."""
+        q = self.norm_and_rotate(self.heads(self.q_proj(h)), self.q_norm, rope) if need_q else None
+        k = self.norm_and_rotate(self.heads(self.k_proj(h)), self.k_norm, rope) if need_k else None
+        v = self.heads(self.v_proj(h)) if need_v else None
         return q, k, v
 
-    def forward(
-        self, q: Tensor, ks: list[Tensor], vs: list[Tensor], past_only: bool, seen: Tensor | None
-    ) -> Tensor:
+    def forward(self, q: Tensor, sources: Sources, past_only: bool, seen: Tensor | None) -> Tensor:
+        ks, vs = sources
         k_gate = torch.cat((self.k_gate, self.k_gate), dim=-1) if len(ks) > 1 else None  # (m, nkv, 1, d)
         v_gate = self.v_gate if len(vs) > 1 else None
         if seen is None:
@@ -120,18 +155,19 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.n_hidden, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = kernels.linears(x, [self.gate_proj, self.up_proj])
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
-    """A layer, in two steps: its queries, keys and values, and attention with the MLP. Between the two, plain
-    Python decides whose K and V the second step reads, so each step can be compiled once for every plan."""
+    """A layer, in two steps: its queries, keys and values, and attention with the MLP."""
 
-    def __init__(self, config: GPTConfig, attention: Attention):
+    # sharing: between the two steps, plain Python decides whose K and V the second one reads. So each step is
+    # compiled once for all layers and every plan.
+
+    def __init__(self, config: GPTConfig, plan: Plan, layer: int):
         super().__init__()
         self.norm1 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-        self.attn = attention
+        self.attn = Attention(config, plan, layer)
         self.norm2 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = MLP(config)
 
@@ -140,18 +176,12 @@ class Block(nn.Module):
         return self.attn.project(self.norm1(x), rope, need_q, need_k, need_v)
 
     def forward(
-        self,
-        x: Tensor,
-        q: Tensor,
-        ks: list[Tensor],
-        vs: list[Tensor],
-        past_only: bool,
-        seen: Tensor | None = None,
+        self, x: Tensor, q: Tensor, sources: Sources, past_only: bool, seen: Tensor | None = None
     ) -> Tensor:
-        """The layer's output (B, T, C), from its input x and its queries. ks and vs are the sources of its
-        route: of a whole sequence as in `kernels.attention` or, where `seen` says how many positions are
-        filled, blocks of a cache as in `kernels.decode_attention`."""
-        x = x + self.attn(q, ks, vs, past_only, seen)
+        """The layer's output (B, T, C), from its input x, its queries, and the keys and values of its route: of
+        a whole sequence as in `kernels.attention` or, where `seen` says how many positions are filled, blocks
+        of a cache as in `kernels.decode_attention`."""
+        x = x + self.attn(q, sources, past_only, seen)
         return x + self.mlp(self.norm2(x))
 
     def decode(
@@ -159,53 +189,47 @@ class Block(nn.Module):
         x: Tensor,
         rope: Rope,
         position: Tensor,
-        own: tuple[Tensor | None, Tensor | None],
-        ks: list[Tensor],
-        vs: list[Tensor],
+        own: tuple,
+        sources: Sources,
         past_only: bool,
-        base: Tensor | None = None,
     ) -> Tensor:
-        """Both steps for a single position, x (B, 1, C), over the blocks of a cache. The layer's own K and
-        V are written to its blocks `own` first, where there are any: some layer reads them. The keys in the
-        blocks `base` are added to its own, see GPT.key_base."""
+        """Both steps for a single position, x (B, 1, C), over the blocks of a cache, so that they are compiled
+        as one. The layer's own K and V go into its blocks `own` first, where some layer reads them."""
         q, k, v = self.project(x, rope, True, own[0] is not None, own[1] is not None)
-        if base is not None:
-            k = k + kernels.read_keys(base, position)
-        kernels.write(*own, k, v, position)
-        seen = position if past_only else position + 1
-        return self(x, q, ks, vs, past_only, seen)
+        kernels.write(own, (k, v), position)
+        return self(x, q, sources, past_only, position + 1 - int(past_only))
 
 
 # --- keys and values by layer -----------------------------------------------------------------------------
-# What the layers of one forward share: the plan, the angles of RoPE, and each other's K and V. There are
-# two such stores, with the same methods `put`, `new_keys` and `sources`: one for a whole sequence, as in
-# training, and the KV cache.
 
 
-class SequenceKV:
-    """The keys and values of all positions of a sequence, while its layers run: (B, nkv, T, d) each."""
+class KV:
+    """What the layers of one forward pass share: the plan, the angles of RoPE at its positions, and each
+    other's keys and values, (B, nkv, T, d) of every stored layer."""
+
+    decoding = False  # a cache that decodes takes one position, and hands out blocks
 
     def __init__(self, plan: Plan):
         self.plan = plan
         self.rope: Rope | None = None
-        self.k: dict[int, Tensor | None] = {}
-        self.v: dict[int, Tensor | None] = {}
-        self.passes, self.change = 1, 0.0  # see KVCache
+        self.k: dict[int, Tensor] = {}  # by layer
+        self.v: dict[int, Tensor] = {}
+
+    def extend(self, T: int) -> Tensor | slice:
+        """Make room for T more positions, whose K and V are `put` next. Returns which these are."""
+        return slice(T)
 
     def put(self, layer: int, k: Tensor | None, v: Tensor | None) -> None:
         self.k[layer], self.v[layer] = k, v
 
-    def new_keys(self, layer: int) -> Tensor:
-        return self.k[layer]
-
-    def sources(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
+    def sources(self, layer: int) -> Sources:
         """The keys and the values that a layer reads."""
-        route = self.plan[layer]
+        route = self.plan[layer]  # sharing: an ordinary transformer would always return the layer's own
         return [self.k[j] for j in route.k], [self.v[j] for j in route.v]
 
 
-class KVCache:
-    """The keys and values of up to `max_len` positions, of exactly those layers that `plan` stores. `length`
+class KVCache(KV):
+    """The same for generation: up to `max_len` positions of exactly those layers that `plan` stores. `length`
     positions are filled; set it to 0 to use the cache anew. `bytes` is what is allocated.
 
     Positions lie in whole blocks of kernels.BLOCK: k[i] is (n, B, nkv, BLOCK, d) and v[i] (n, B, nkv, d,
@@ -215,17 +239,14 @@ class KVCache:
     def __init__(
         self, config: GPTConfig, plan: Plan, batch_size: int, max_len: int, dtype=torch.float32, device="cpu"
     ):
+        super().__init__(plan)
         self.n_blocks = max(2, -(-max_len // kernels.BLOCK))  # two, because torch.compile specializes on one
         shape = (self.n_blocks, batch_size, config.n_kv_head, kernels.BLOCK, config.head_dim)
         v_shape = (*shape[:3], config.head_dim, kernels.BLOCK)
         self.k = {i: torch.zeros(shape, dtype=dtype, device=device) for i in plan.k_layers}
         self.v = {i: torch.zeros(v_shape, dtype=dtype, device=device) for i in plan.v_layers}
-        self.plan, self.max_len, self.length = plan, max_len, 0
-        self.rope: Rope | None = None
-        # How the iterated layers of a cyclic plan fared over the last prompt: how often they ran, and by how
-        # much, relative to the largest value, the last pass still changed their output; 0 where it is exact.
-        self.passes, self.change = 1, 0.0
-        # For decoding: the last position as a tensor, and the recorded step, see kernels.CudaGraph.
+        self.max_len, self.length = max_len, 0
+        # For decoding: the last position as a tensor, and the recorded step, see support.devices.CudaGraph.
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         self.fixed, self.graph = False, None
 
@@ -234,33 +255,31 @@ class KVCache:
         return sum(t.nbytes for t in (*self.k.values(), *self.v.values()))
 
     def extend(self, T: int) -> Tensor:
-        """Make room for T more positions, whose K and V are `put` next. Returns their numbers, (T,)."""
         self.length += T
         self.position.fill_(self.length - 1)
-        self.new_positions = torch.arange(self.length - T, self.length, device=self.position.device)
-        return self.new_positions
+        self.decoding = T == 1
+        self.new = self.position
+        if not self.decoding:
+            self.new = torch.arange(self.length - T, self.length, device=self.position.device)
+        # While decoding: views of the blocks that hold filled positions, or with `fixed` of all blocks.
+        n = self.n_blocks if self.fixed else max(2, -(-self.length // kernels.BLOCK))
+        self.k_blocks, self.v_blocks = ({i: t[:n] for i, t in stores.items()} for stores in (self.k, self.v))
+        for view in (*self.k_blocks.values(), *self.v_blocks.values()):
+            torch._dynamo.mark_dynamic(view, 0)  # another number of blocks causes no recompilation
+        return self.new
 
     def put(self, layer: int, k: Tensor | None, v: Tensor | None) -> None:
         """Write a layer's keys and values, (B, nkv, T, d) each, at the new positions."""
-        kernels.write(self.k.get(layer), self.v.get(layer), k, v, self.new_positions)
+        kernels.write((self.k.get(layer), self.v.get(layer)), (k, v), self.new)
 
-    def new_keys(self, layer: int) -> Tensor:
-        """A layer's keys at the new positions, (B, nkv, T, d)."""
-        return kernels.read_keys(self.k[layer], self.new_positions)
-
-    def sources(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Copies of the keys and values that a layer reads, (B, nkv, length, d) each."""
-        ks, vs = self.filled_blocks()
-        ks = [ks[j].permute(1, 2, 0, 3, 4).flatten(2, 3) for j in self.plan[layer].k]
-        vs = [vs[j].permute(1, 2, 0, 4, 3).flatten(2, 3) for j in self.plan[layer].v]
-        return [k[:, :, : self.length] for k in ks], [v[:, :, : self.length] for v in vs]
-
-    def filled_blocks(self) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Views of the blocks that hold the filled positions, or with `fixed` of all blocks."""
-        n = self.n_blocks if self.fixed else max(2, -(-self.length // kernels.BLOCK))
-        ks, vs = ({i: t[:n] for i, t in stores.items()} for stores in (self.k, self.v))
-        for view in (*ks.values(), *vs.values()):
-            torch._dynamo.mark_dynamic(view, 0)  # another number of blocks causes no recompilation
+    def sources(self, layer: int) -> Sources:
+        """The keys and the values that a layer reads: copies, (B, nkv, length, d) each, or while decoding the
+        blocks that hold them."""
+        route = self.plan[layer]
+        if self.decoding:
+            return [self.k_blocks[j] for j in route.k], [self.v_blocks[j] for j in route.v]
+        ks = [self.k[j].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : self.length] for j in route.k]
+        vs = [self.v[j].permute(1, 2, 0, 4, 3).flatten(2, 3)[:, :, : self.length] for j in route.v]
         return ks, vs
 
 
@@ -268,17 +287,12 @@ class KVCache:
 
 
 class GPT(nn.Module):
-    attention = Attention  # a study that changes attention derives a class from this one and sets its own
-
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.plan = Plan.parse(config.plan, config.n_layer)
-        self.check_sources(self.plan)
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(
-            Block(config, self.attention(config, self.plan, i)) for i in range(config.n_layer)
-        )
+        self.blocks = nn.ModuleList(Block(config, self.plan, i) for i in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.apply(self.init_weights)
@@ -288,7 +302,7 @@ class GPT(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.embed.weight
         self.rope_table: Rope | None = None
-        self.compiled, self.loss_chunk = False, kernels.loss_chunk  # what kernels.compile_... replace
+        self.chunk_loss, self.record = kernels.chunk_loss, None  # what kernels.compile_... replace
 
     @staticmethod
     def init_weights(module: nn.Module):
@@ -297,129 +311,117 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def rope(self, positions: Tensor) -> Rope:
-        """Cosines and sines of the angles at the positions (T,), as `kernels.rotate` wants them: (T, d)
-        each. The table is made at first use and is no buffer, so that casting the model leaves it in
-        float32: in bfloat16 the angles of far positions would be off by whole turns."""
-        if self.rope_table is None or self.rope_table[0].device != positions.device:
-            everywhere = torch.arange(self.config.block_size, device=positions.device)
-            angles = torch.outer(everywhere, rope_frequencies(self.config).to(positions.device))
+    def rope(self, positions: Tensor | slice) -> Rope:
+        """Cosines and sines of the angles at T positions, as `kernels.rotate` wants them: (T, d) each. The
+        table is made at first use and is no buffer, so that casting the model leaves it in float32: in
+        bfloat16 the angles of far positions would be off by whole turns."""
+        device = self.embed.weight.device
+        if self.rope_table is None or self.rope_table[0].device != device:
+            everywhere = torch.arange(self.config.block_size, device=device)
+            angles = torch.outer(everywhere, rope_frequencies(self.config).to(device))
             cos, sin = angles.cos(), angles.sin()
             self.rope_table = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         cos, sin = self.rope_table
         return cos[positions], sin[positions]
 
-    # --- plans ---
-
     def resolve(self, plan: Plan | str | None) -> Plan:
         """The plan to run under, by default the one that the parameters were built for. Raises PlanError
-        where the model lacks what the plan needs."""
+        where the model lacks keys, values or gates that it needs."""
         if plan is None:
             return self.plan
         if isinstance(plan, str):
             plan = Plan.parse(plan, self.config.n_layer)
-        if len(plan) != self.config.n_layer:
-            raise PlanError(
-                f"plan {plan.spec!r} is for {len(plan)} layers and the model has {self.config.n_layer}"
-            )
-        self.check_sources(plan)
+        lacking = f"plan {plan.spec!r} does not run on this model, built for {self.plan.spec!r}"
+        if len(plan) != len(self.plan):
+            raise PlanError(f"{lacking}: it is for {len(plan)} layers, and the model has {len(self.plan)}")
+        have = {"K": self.plan.k_layers, "V": self.plan.v_layers}
         for i, (built, asked) in enumerate(zip(self.plan.routes, plan.routes)):
             for kind, gates, sources in (("K", built.k, asked.k), ("V", built.v, asked.v)):
+                if missing := set(sources) - set(have[kind]):
+                    raise PlanError(
+                        f"{lacking}: layer {i} reads {kind} of layer {min(missing)}; it has {kind} of layers "
+                        f"{have[kind]}"
+                    )
                 if len(sources) > 1 and sources != gates:
                     raise PlanError(
-                        f"plan {plan.spec!r}: layer {i} fuses the {kind} of layers {listed(sources)}, and "
-                        f"this model, built for {self.plan.spec!r}, has no gates for that; "
+                        f"{lacking}: layer {i} fuses {kind} of layers {sources}, for which it has no gates; "
                         "train one with --plan"
                     )
         return plan
 
-    def check_sources(self, plan: Plan) -> None:
-        """Raise PlanError where the plan reads keys or values that the model does not compute, or where it
-        does not store the keys that are added to others."""
-        for i, route in enumerate(plan.routes):
-            for kind, have, want in (("K", self.plan.k_layers, route.k), ("V", self.plan.v_layers, route.v)):
-                if missing := set(want) - set(have):
-                    raise PlanError(
-                        f"plan {plan.spec!r}: layer {i} reads {kind} of layer {min(missing)}, which this "
-                        f"model, built for {self.plan.spec!r}, does not compute; it has {kind} of layers "
-                        f"{listed(have)}"
-                    )
-        base = self.key_base(plan.k_layers[-1])
-        if base is not None and base not in plan.k_layers:
-            raise PlanError(
-                f"plan {plan.spec!r} stores K of layer {plan.k_layers[-1]} and not of layer {base}, which "
-                f"this model adds to it (--key_residual); keep K of layer {base}, too"
-            )
+    # --- through the layers ---
 
-    def key_base(self, i: int) -> int | None:
-        """The layer whose keys are added to those of layer i: with key_residual, layer `router_lowest` for
-        all layers above it. A layer that is routed to another's keys then still finds those in them."""
-        lowest = self.config.router_lowest
-        return lowest if self.config.key_residual and i > lowest else None
-
-    # --- many positions at once: training, evaluation, prompts ---
-
-    def project(self, i: int, x: Tensor, kv: SequenceKV | KVCache, need_q: bool = True) -> Tensor | None:
-        """Layer i's own K and V, from its input x (B, T, C), go into `kv`. Returns its queries."""
+    def project(self, i: int, x: Tensor, kv: KV, need_q: bool = True) -> Tensor | None:
+        """Layer i's own K and V, where the plan stores them, go from its input x (B, T, C) into `kv`. Returns
+        its queries."""
         q, k, v = self.blocks[i].project(x, kv.rope, need_q, i in kv.plan.k_layers, i in kv.plan.v_layers)
-        base = self.key_base(i)
-        if k is not None and base is not None:
-            k = k + kv.new_keys(base)
         kv.put(i, k, v)
         return q
 
-    def layer(self, i: int, x: Tensor, kv: SequenceKV | KVCache) -> Tensor:
+    def layer(self, i: int, x: Tensor, kv: KV) -> Tensor:
         """Layer i's output (B, T, C). It reads from `kv` what its route names."""
+        past_only = kv.plan.reads_above(i)
+        if kv.decoding:
+            own = kv.k_blocks.get(i), kv.v_blocks.get(i)
+            return self.blocks[i].decode(x, kv.rope, kv.position, own, kv.sources(i), past_only)
         q = self.project(i, x, kv)
-        return self.blocks[i](x, q, *kv.sources(i), kv.plan.reads_above(i))
+        return self.blocks[i](x, q, kv.sources(i), past_only)
 
-    def run_layers(
-        self, x: Tensor, kv: SequenceKV | KVCache, passes: int | None = None, until: int | None = None
-    ) -> Tensor:
-        """From the residual stream below the first layer, (B, T, C), to that above the last. With
-        `until`, a layer that ends a segment, it stops at that layer's input, with its own K and V in `kv`."""
+    def layers(self, x: Tensor, kv: KV, passes: int | None = None, last_only: bool = False) -> Tensor:
+        """From the embeddings x (B, T, C) to the output of the top layer: (B, T, C), or with `last_only` that
+        of the last position, (B, 1, C)."""
         for low, high in kv.plan.segments:
             if low < high:
                 x = self.iterate(low, high, x, kv, passes)
-            if high == until:
+            if last_only and high == kv.plan.last_full_layer:
+                # sharing: this layer's K and V are the last that anything reads. From here on only the last
+                # position matters, so a prompt under FusedKV takes half the layers (arXiv 2512.03870).
                 self.project(high, x, kv, need_q=False)
-                return x
+                # A copy, because the strides of a view depend on T, and new strides would compile again.
+                x, kv.rope = x.narrow_copy(1, x.size(1) - 1, 1), tuple(angles[-1:] for angles in kv.rope)
+                kv.decoding = isinstance(kv, KVCache)
             x = self.layer(high, x, kv)
         return x
 
-    def iterate(
-        self, low: int, high: int, x: Tensor, kv: SequenceKV | KVCache, passes: int | None = None
-    ) -> Tensor:
-        """A segment whose layers low .. high read each other in a circle (arXiv 2410.14442). Every pass
-        runs them from the same input x, (B, T, C), over the KV that the pass before has left; the first
-        one finds zeros. Returns the input of layer `high` in the last pass, which `run_layers` runs.
+    def iterate(self, low: int, high: int, x: Tensor, kv: KV, passes: int | None) -> Tensor:
+        """A segment whose layers low .. high read each other in a circle (arXiv 2410.14442). Every pass runs
+        them from the same input x (B, T, C), over the KV that the pass before has left; the first one finds
+        zeros. Returns the input of layer `high` in the last pass, which `layers` runs.
 
-        There are at most `passes` passes, all with gradients; by default forward_passes without gradients
-        and backward_passes with. After n passes the first n positions are exact, so T passes always
-        suffice. Without gradients, iteration also stops when nothing changes any more."""
+        There are at most `passes` passes, all with gradients; by default forward_passes without gradients and
+        backward_passes with. Without gradients, iteration also stops when nothing changes any more."""
         B, T, _ = x.shape
-        with_gradients = torch.is_grad_enabled()
-        n_with_gradients = passes or self.config.backward_passes
-        limit = min(T, passes or self.config.forward_passes + self.config.backward_passes)
+        training = torch.is_grad_enabled()
+        with_gradients = passes or self.config.backward_passes
+        # A layer sees only earlier positions of those above it. So position 0 is exact after the first pass,
+        # position 1, which reads it, after the second: T passes always suffice. Decoding, where T = 1 and the
+        # earlier positions are in the cache, takes one.
+        limit = min(T, passes or self.config.forward_passes + with_gradients)
         zeros = x.new_zeros(B, self.config.n_kv_head, T, self.config.head_dim)
         for i in range(low, high + 1):
             kv.put(i, zeros if i in kv.plan.k_layers else None, zeros if i in kv.plan.v_layers else None)
-        before, change = None, float("inf")
+        before = None
         for n in range(1, limit + 1):
-            with torch.set_grad_enabled(with_gradients and n > limit - n_with_gradients):
+            with torch.set_grad_enabled(training and n > limit - with_gradients):
                 y = x
                 for i in range(low, high):
                     y = self.layer(i, y, kv)
                 if n < limit:  # of layer `high`, the next pass needs only what the others read
                     self.project(high, y, kv, need_q=False)
-            if not with_gradients and n > 1:
-                change = float((y - before).abs().max() / before.abs().max())
-            exact = n == T or change <= 4 * torch.finfo(y.dtype).eps  # what is left is rounding
-            if exact:
-                break
+            if not training and before is not None:
+                if (y - before).abs().max() <= 4 * torch.finfo(y.dtype).eps * y.abs().max():
+                    break  # what is left is rounding
             before = y
-        kv.passes, kv.change = max(kv.passes, n), max(0.0 if exact else change, kv.change)
         return y
+
+    def hidden(self, idx: Tensor, kv: KV, passes: int | None = None, last_only: bool = False) -> Tensor:
+        """The output of the top layer, (B, T, C) or with `last_only` (B, 1, C), of token ids idx (B, T)."""
+        kv.rope = self.rope(kv.extend(idx.size(1)))
+        return self.layers(self.embed(idx), kv, passes, last_only)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits (B, T, vocab), from the output of the top layer."""
+        return self.lm_head(self.norm(x))
 
     def forward(
         self,
@@ -432,16 +434,20 @@ class GPT(nn.Module):
 
         Without targets: the last position's logits, (B, 1, vocab), and None. With targets (B, T): None and
         the mean loss in nats per token. A `cache` is read, extended by the T positions, and sets the plan;
-        ValueError if another plan is asked for, or targets."""
-        if cache is not None:
-            if targets is not None or self.resolve(plan or cache.plan) != cache.plan:
-                raise ValueError(f"this cache is for generation under plan {cache.plan.spec!r}; make another")
-            self.check_fits(cache.length + idx.size(1), min(cache.max_len, self.config.block_size))
-            return (self.decode if idx.size(1) == 1 else self.prefill)(idx, cache), None
-        x = self.hidden(idx, SequenceKV(self.resolve(plan)))
-        if targets is None:
-            return self.head(x[:, -1:]), None
-        return None, kernels.mean_cross_entropy(self.norm(x), self.lm_head.weight, targets, self.loss_chunk)
+        ValueError if another plan is asked for, targets, or more positions than fit."""
+        if cache is None:
+            self.check_fits(idx.size(1), self.config.block_size)
+            if targets is not None:
+                return None, self.losses(idx, targets, plan).mean()
+            return self.head(self.hidden(idx, KV(self.resolve(plan)), last_only=True)), None
+        if targets is not None or self.resolve(plan or cache.plan) != cache.plan:
+            raise ValueError(f"this cache is for generation under plan {cache.plan.spec!r}; make another")
+        self.check_fits(cache.length + idx.size(1), min(cache.max_len, self.config.block_size))
+        if idx.size(1) == 1:
+            return self.decode(idx, cache), None
+        for part in idx.split(PREFILL_CHUNK, dim=1):
+            x = self.hidden(part, cache, last_only=True)
+        return self.head(x), None
 
     def check_fits(self, n_positions: int, room: int) -> None:
         if n_positions > room:
@@ -450,69 +456,31 @@ class GPT(nn.Module):
                 "shorten the prompt or ask for less"
             )
 
-    def hidden(self, idx: Tensor, kv: SequenceKV, passes: int | None = None) -> Tensor:
-        """The residual stream above the last layer, (B, T, C), of a whole sequence, idx (B, T), under the
-        plan of `kv`, which is left with the keys and values of the stored layers."""
-        self.check_fits(idx.size(1), self.config.block_size)
-        kv.rope = self.rope(torch.arange(idx.size(1), device=idx.device))
-        return self.run_layers(self.embed(idx), kv, passes)
-
-    def head(self, x: Tensor) -> Tensor:
-        """Logits of one position, (B, 1, vocab), from the residual stream above the last layer."""
-        return self.lm_head(self.norm(x))
-
     def losses(self, idx: Tensor, targets: Tensor, plan: Plan | str | None = None) -> Tensor:
-        """The loss of every position, (B, T), in nats, for evaluation."""
-        x = self.norm(self.hidden(idx, SequenceKV(self.resolve(plan))))
-        return kernels.cross_entropy(x, self.lm_head.weight, targets)
+        """The loss of every position, (B, T), in nats."""
+        x = self.norm(self.hidden(idx, KV(self.resolve(plan))))
+        return kernels.cross_entropy(x, self.lm_head.weight, targets, self.chunk_loss)
 
     def logits(self, idx: Tensor, plan: Plan | str | None = None, passes: int | None = None) -> Tensor:
         """Logits of every position, (B, T, vocab), for tests and study. A cyclic plan iterates `passes`
-        times, by default until it is exact; passes below 1 raise ValueError."""
-        if passes is not None and passes < 1:
-            raise ValueError(f"passes {passes} is not valid; it must be 1 or more")
-        x = self.hidden(idx, SequenceKV(self.resolve(plan)), passes or idx.size(1))
-        return self.lm_head(self.norm(x))
+        times, by default until it is exact."""
+        self.check_fits(idx.size(1), self.config.block_size)
+        return self.head(self.hidden(idx, KV(self.resolve(plan)), passes or idx.size(1)))
 
     # --- generation ---
 
-    def prefill(self, idx: Tensor, cache: KVCache) -> Tensor:
-        """Fill the cache with T prompt positions, idx (B, T). Returns the last one's logits, (B, 1, vocab).
-
-        Above the highest stored layer nothing needs the other positions, so they stop there: with FusedKV, at
-        half the layers (arXiv 2512.03870)."""
-        top = cache.plan.last_full_layer
-        cache.passes, cache.change = 1, 0.0
-        for part in idx.split(PREFILL_CHUNK, dim=1):
-            cache.rope = self.rope(cache.extend(part.size(1)))
-            x = self.run_layers(self.embed(part), cache, until=top)
-        # A copy, because the strides of a view depend on T: every length of prompt would recompile the step.
-        last = x.narrow_copy(1, x.size(1) - 1, 1)
-        return self.head(self.last_position(last, cache, first=top))
-
     def decode(self, idx: Tensor, cache: KVCache) -> Tensor:
-        """One more position, idx (B, 1) -> logits (B, 1, vocab). Exact for cyclic plans too: what a layer
-        reads of layers above are earlier positions, which are in the cache."""
-        cache.length += 1
-        cache.position.fill_(cache.length - 1)
-        if self.compiled and idx.is_cuda and cache.graph is None:
-            cache.graph = kernels.CudaGraph(self.decode_step, idx, cache)
-        return self.decode_step(idx, cache) if cache.graph is None else cache.graph(idx)
+        """One more position, idx (B, 1) -> logits (B, 1, vocab). Compiled for a GPU, the step is recorded once
+        for each cache and then replayed."""
+        cache.extend(1)
+        if self.record and cache.graph is None:
+            cache.graph = self.record(self.step, idx, cache)
+        return self.step(idx, cache) if cache.graph is None else cache.graph(idx)
 
-    def decode_step(self, idx: Tensor, cache: KVCache) -> Tensor:
-        """The part of `decode` that runs on the device."""
-        return self.head(self.last_position(self.embed(idx), cache, first=0))
-
-    def last_position(self, x: Tensor, cache: KVCache, first: int) -> Tensor:
-        """Layers `first` and above for a single position, x (B, 1, C), the one of number cache.position."""
-        plan, rope = cache.plan, self.rope(cache.position)
-        ks, vs = cache.filled_blocks()
-        for i in range(first, self.config.n_layer):
-            own = ks.get(i), vs.get(i)
-            sources = [ks[j] for j in plan[i].k], [vs[j] for j in plan[i].v]
-            base = ks.get(self.key_base(i)) if i in plan.k_layers else None
-            x = self.blocks[i].decode(x, rope, cache.position, own, *sources, plan.reads_above(i), base)
-        return x
+    def step(self, idx: Tensor, cache: KVCache) -> Tensor:
+        """The part of `decode` that is recorded: it reads no Python number that changes."""
+        cache.rope = self.rope(cache.position)
+        return self.head(self.layers(self.embed(idx), cache))
 
     def stream(
         self,
@@ -526,7 +494,7 @@ class GPT(nn.Module):
         exact_prefill: bool = False,
         n_vocab: int | None = None,
     ) -> Iterator[Tensor]:
-        """Continue idx (B, T): prefill once, then one position a step. Yields each new column, (B, 1).
+        """Continue idx (B, T): the prompt once, then one position a step. Yields each new column, (B, 1).
 
         Temperature 0 is greedy. A `cache` given is continued from where it is. `exact_prefill` feeds the
         prompt token by token, which for cyclic plans is exact whatever the number of passes. Only the first
@@ -535,29 +503,21 @@ class GPT(nn.Module):
         B, T = idx.shape
         before = cache.length if cache else 0
         total = before + T + max_new_tokens
-        if T < 1 or total > self.config.block_size:
-            filled = f" after the {before} in the cache" if before else ""
-            raise ValueError(
-                f"a prompt of {T} tokens and {max_new_tokens} new ones{filled} do not fit the context of "
-                f"{self.config.block_size} tokens (1 prompt token at least)"
-            )
+        if T < 1:
+            raise ValueError("a prompt needs 1 token at least")
+        self.check_fits(total, self.config.block_size)
         if cache is None:
             plan = self.resolve(plan)
             cache = KVCache(self.config, plan, B, total, self.embed.weight.dtype, idx.device)
-        if total - 1 > cache.max_len:  # the last new token is not fed back
-            raise ValueError(
-                f"{T} tokens and {max_new_tokens} new ones do not fit a cache of {cache.max_len} positions, "
-                f"{before} of them taken; make a longer one"
-            )
+        self.check_fits(total - 1, cache.max_len)  # the last new token is not fed back
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
-        pieces = idx.split(1, dim=1) if exact_prefill else [idx]
 
         @torch.no_grad()
         def tokens() -> Iterator[Tensor]:
-            inputs = list(pieces)
+            inputs = idx.split(1, dim=1) if exact_prefill else [idx]
             for _ in range(max_new_tokens):
-                for piece in inputs:
-                    logits = self(piece, plan=plan, cache=cache)[0]
+                for part in inputs:
+                    logits, _ = self(part, plan=plan, cache=cache)
                 column = sample(logits[:, -1, :n_vocab].float(), temperature, top_k, generator)
                 inputs = [column]
                 yield column
@@ -597,7 +557,3 @@ def rope_frequencies(config: GPTConfig) -> Tensor:
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
     return frequencies
-
-
-def listed(layers: Iterable[int]) -> str:
-    return ", ".join(map(str, layers))

@@ -10,65 +10,48 @@ from pathlib import Path
 
 import torch
 
-import cli
 import data
 import kernels
-from cli import Parser, UserError, human
-from devices import pick_device, pick_dtype, require_compiler
-from kv_router import Plan
 from model import GPT, KVCache
-from runs import load_run
+from support import cli
+from support.cli import Parser, UserError, at_least, human
+from support.devices import pick_device, pick_dtype, require_compiler
+from support.runs import load_run
 from sweep import auto_plan
 
 
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--out_dir", default="out/run", help="the run to sample from [out/run]")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--out_dir", default="out/run", help="the run to sample from [out/run]")
+    add(
         "--plan",
         action="append",
         metavar="SPEC",
         help="a plan, or auto:0.5 for the best that sweep.py --search found within half the cache; may be "
         "given several times [the run's own]",
     )
-    parser.add_argument(
-        "--start", default="", metavar="TEXT|FILE:PATH", help="the prompt [empty: the start of a document]"
-    )
-    parser.add_argument("--num_samples", type=int, default=1, help="samples per plan [1]")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens to generate [128]")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy [0.8]")
-    parser.add_argument(
-        "--top_k", type=int, default=50, help="sample from the k likeliest tokens; 0: all [50]"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="the same for every plan [0]")
-    parser.add_argument("--ignore_eot", action="store_true", help="go on after the end of a text")
-    parser.add_argument(
-        "--exact_prefill", action="store_true", help="feed the prompt token by token (exact for cyclic plans)"
-    )
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the decode step: for many tokens (on a GPU a CUDA graph)",
-    )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... [auto]")
-    parser.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of weights and cache [auto]"
-    )
+    add("--start", default="", metavar="TEXT|FILE:PATH", help="the prompt [empty: the start of a document]")
+    add("--num_samples", type=at_least(1), default=1, help="samples per plan [1]")
+    add("--max_new_tokens", type=at_least(1), help="tokens to generate [128, or what fits the context]")
+    add("--temperature", type=at_least(0.0), default=0.8, help="0 is greedy [0.8]")
+    add("--top_k", type=at_least(0), default=50, help="sample from the k likeliest tokens; 0: all [50]")
+    add("--seed", type=at_least(0), default=0, help="the same for every plan [0]")
+    add("--ignore_eot", action="store_true", help="go on after the end of a text")
+    add("--exact_prefill", action="store_true", help="feed the prompt token by token (for cyclic plans)")
+    add("--compile", action="store_true", help="compile the decode step: for many tokens")
+    add("--device", default="auto", help="cpu, cuda, ... [auto]")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of weights and cache [auto]")
     args = parser.parse_args()
-    for name, low in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
-        if not getattr(args, name) >= low:
-            raise UserError(f"--{name} {getattr(args, name)} is not valid; it must be {low} or more")
     if 0 < args.temperature < 1e-6 or args.temperature == float("inf"):
-        raise UserError(
-            f"--temperature {args.temperature} is not valid; it must be 0 (greedy) or 1e-6 or more"
-        )
-    if not 0 <= args.seed <= (1 << 63) - args.num_samples:
+        raise UserError(f"--temperature {args.temperature} is not valid; it must be 0 (greedy) or 1e-6 or more")
+    if args.seed > (1 << 63) - args.num_samples:
         raise UserError(f"--seed {args.seed} is not valid; it must be 0 or more and below 2**63")
     return args
 
 
 def print_sample(model: GPT, enc, text: str, prompt: list[int], cache: KVCache, seed: int, args) -> str:
-    """Print a continuation as it is generated. Returns what there is to say of its speed and exactness."""
+    """Print a continuation as it is generated. Returns what there is to say of its speed."""
     options = {"temperature": args.temperature, "top_k": args.top_k or None, "seed": seed, "cache": cache}
     options |= {"exact_prefill": args.exact_prefill, "n_vocab": enc.n_vocab}
     idx = torch.tensor([prompt], device=model.embed.weight.device)
@@ -85,9 +68,6 @@ def print_sample(model: GPT, enc, text: str, prompt: list[int], cache: KVCache, 
         print(stream(token), end="", flush=True)
     print(stream.rest())
     notes = f"first token after {1e3 * (times[1] - times[0]):.0f} ms"
-    if cache.plan.cyclic and not args.exact_prefill:
-        settled = f"budget used, still changing by {cache.change:.1g}: --exact_prefill"
-        notes += f" (passes: {cache.passes}, {settled if cache.change else 'settled'})"
     if len(times) > 2:
         notes += f", then {(len(times) - 2) / (times[-1] - times[1]):.0f} tokens/s"
     return notes
@@ -106,13 +86,15 @@ def main():
     if enc.n_vocab > model.config.vocab_size:
         raise UserError(f"the tokenizer in {args.out_dir} has more tokens than its model; copy the right one")
     prompt = data.prompt(enc, text)
-    if len(prompt) + args.max_new_tokens > model.config.block_size:
+    room = model.config.block_size - len(prompt)
+    args.max_new_tokens = args.max_new_tokens or max(1, min(128, room))
+    if args.max_new_tokens > room:
         raise UserError(
             f"a prompt of {len(prompt)} tokens and {args.max_new_tokens} new ones do not fit the context of "
             f"{model.config.block_size}; shorten --start or lower --max_new_tokens"
         )
     specs = [auto_plan(spec, args.out_dir) for spec in args.plan or [model.plan.spec]]
-    plans: list[Plan] = [model.resolve(spec) for spec in specs]
+    plans = [model.resolve(spec) for spec in specs]
     if args.compile:
         kernels.compile_decoding(model)
     for spec, plan in zip(specs, plans):
@@ -124,7 +106,11 @@ def main():
             notes = print_sample(model, enc, text, prompt, cache, args.seed + i, args)
             whole = human(cache.bytes / plan.cache_ratio, "B")
             size = f"cache {human(cache.bytes, 'B')} of {whole} ({plan.cache_ratio:.1%})"
-            print(f"--- {spec}: {notes}; {size} for {cache.max_len} tokens\n")
+            print(f"--- {spec}: {notes}; {size} for {cache.max_len} tokens")
+        passes = model.config.forward_passes + model.config.backward_passes
+        if plan.cyclic and passes < len(prompt) and not args.exact_prefill:
+            print(f"the prompt took at most {passes} passes; --exact_prefill is exact whatever their number")
+        print()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ python sweep.py --out_dir out/normal out/stochastic --curves
 """
 
 import heapq
-import json
 import math
 import os
 from collections.abc import Callable
@@ -20,15 +19,15 @@ from types import SimpleNamespace
 
 import numpy as np
 
-import cli
 import data
-from cli import Parser, Progress, UserError, first_line, human, table, write_lines
-from costs import costs
-from devices import autocast, pick_device, pick_dtype
 from kv_router import Plan, PlanError
 from model import GPT
-from plots import STYLES, label_percentages, line, picture
-from runs import load_run, window_losses
+from support import cli
+from support.cli import Parser, Progress, UserError, at_least, human, read_lines, table, write_lines
+from support.costs import costs
+from support.devices import autocast, pick_device, pick_dtype
+from support.plots import STYLES, label_percentages, line, picture
+from support.runs import load_run, window_losses
 
 # --- plans to look at -------------------------------------------------------------------------------------
 
@@ -67,9 +66,9 @@ def search(start: Plan, loss: Callable[[Plan], float], lowest: int = 0) -> list[
     whose loss hurts least, and let the best of the stored layers below stand in for it. K of layer `lowest`
     and below stay: no layer learned to do without them.
 
-    A drop mostly costs no less than it did when more was stored. So the drops wait in order of their last
-    known cost, and only as many are evaluated anew as it takes to find one that still costs least: a few
-    per step, not one per stored tensor."""
+    Lazy greedy: costs rarely fall as more is dropped, so old ones serve as lower bounds. Drops wait in the
+    order of their last known cost, and only as many are evaluated again as it takes to find one that still
+    costs least: a few per step, not one per stored tensor."""
     loss = cache(loss)
     path = [(start, loss(start))]
     queue = [(-math.inf, "k", layer) for layer in start.k_layers if layer > max(start.k_layers[0], lowest)]
@@ -104,21 +103,16 @@ def auto_plan(spec: str, out_dir: str) -> str:
     name, _, share = spec.partition(":")
     if name != "auto":
         return spec
+    search_again = f"python sweep.py --out_dir {out_dir} --search"
     try:
         limit = float(share)
-    except ValueError as e:
-        raise UserError(
-            f"plan {spec!r}: {share!r} is not a share of the full cache, for example auto:0.5"
-        ) from e
-    path, again = Path(out_dir) / "search.jsonl", f"python sweep.py --out_dir {out_dir} --search"
-    if not path.exists():
-        raise UserError(f"plan {spec!r}: none were searched for this run; {again}")
-    try:
-        rows = [json.loads(row) for row in path.read_text(encoding="utf-8").splitlines()]
+        rows = read_lines(Path(out_dir) / "search.jsonl", search_again)
         found = [(float(r["calibration_loss"]), float(r["cache_ratio"]), str(r["plan"])) for r in rows]
         smallest = min(ratio for _, ratio, _ in found)
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
-        raise UserError(f"{path} is damaged ({first_line(e)}); {again}") from e
+    except UserError as e:
+        raise UserError(f"plan {spec!r} takes one that was searched: {e}") from e
+    except (ValueError, KeyError, TypeError, OverflowError) as e:
+        raise UserError(f"plan {spec!r}: auto takes a share, for example auto:0.5, of the plans that were found: {search_again}") from e
     fits = [row for row in found if row[1] <= limit]
     if not fits:
         raise UserError(
@@ -128,24 +122,24 @@ def auto_plan(spec: str, out_dir: str) -> str:
 
 
 def choose(
-    runs: dict[str, GPT], specs: list[str] | None, found: dict[str, list[Plan]]
+    runs: dict[str, GPT], folders: list[str], specs: list[str] | None, found: dict[str, list[Plan]] | None = None
 ) -> list[tuple[str, Plan]]:
     """The runs and plans to score: the plans asked for, or the ladder of each run; always `full` where a run
     has it, to compare with; and those `found` for single runs. A plan that a run cannot have is left out with
-    a line, or raises its PlanError where no other run has it."""
-    todo, lacking = [], []
-    for name, model in runs.items():
-        plans = [Plan.parse(spec, len(model.plan)) for spec in (ladder(model) if specs is None else specs)]
-        if model.plan.spec == "full":
-            plans = [model.plan] + plans
-        for plan in dict.fromkeys(plans + found.get(name, [])):
+    a line, or raises its PlanError where no run has it."""
+    todo, lacking, had = [], [], set()
+    for folder, (name, model) in zip(folders, runs.items()):
+        plans = [model.plan] if model.plan.spec == "full" else []
+        for spec in ladder(model) if specs is None else specs:
             try:
-                todo.append((name, model.resolve(plan)))
+                plans.append(model.resolve(auto_plan(spec, folder)))
+                had.add(spec)
             except PlanError as e:
-                lacking.append(e)
-    if lacking and (len(runs) == 1 or len(lacking) == len(runs) * len(specs or ())):
-        raise lacking[0]
-    for e in lacking:
+                lacking.append((spec, e))
+        todo += [(name, plan) for plan in dict.fromkeys(plans + (found or {}).get(name, []))]
+    for spec, e in lacking:
+        if spec not in had:
+            raise e
         print(f"left out: {e}")
     return todo
 
@@ -243,34 +237,22 @@ def draw(rows: list[dict], path: Path) -> None:
         top.set_xlabel("KV cache, bytes per token")
 
 
-def read_log(folder: str) -> list[dict]:
-    """The lines of a run's log after step 0. UserError where there is none, or it is damaged."""
-    try:
-        text = (Path(folder) / "log.jsonl").read_text(encoding="utf-8")
-        rows = [json.loads(row) for row in text.splitlines()]
-        names = ("step", "tokens", "time", "train_loss", "val_loss")
-        return [{name: float(row[name]) for name in names if name in row} for row in rows if row["step"] > 0]
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
-        raise UserError(f"{folder} holds no log of a run ({first_line(e)})") from e
-
-
 def draw_curves(folders: list[str], path: Path) -> None:
     """The losses that runs have logged, over steps, tokens and time: lines with marks on held-out text, faint
     lines on the training text."""
-    scales = {"step": 1, "tokens": 1e6, "time": 60}
+    scales = {"step": (1, "steps"), "tokens": (1e6, "tokens, millions"), "time": (60, "time, minutes")}
     with picture(path, columns=3, sharey=True) as axes:
         for i, folder in enumerate(folders):
-            rows = read_log(folder)
-            for ax, (key, scale) in zip(axes, scales.items()):
+            log = read_lines(Path(folder) / "log.jsonl", "--curves takes the folders of runs")
+            for ax, (key, (scale, label)) in zip(axes, scales.items()):
                 for loss in ("train_loss", "val_loss"):
-                    x = [row[key] / scale for row in rows if loss in row and key in row]
-                    y = [row[loss] for row in rows if loss in row and key in row]
+                    rows = [row for row in log if loss in row and row.get("step") and key in row]
+                    x, y = [row[key] / scale for row in rows], [row[loss] for row in rows]
                     if loss == "train_loss":
                         ax.plot(x, y, color=STYLES[i % len(STYLES)][2], linewidth=0.8, alpha=0.3)
                     else:
                         line(ax, x, y, i, os.path.basename(os.path.abspath(folder)))
-        for ax, label in zip(axes, ("steps", "tokens, millions", "time, minutes")):
-            ax.set_xlabel(label)
+                ax.set_xlabel(label)
         axes[0].set_ylabel("loss, nats per token")
 
 
@@ -315,71 +297,60 @@ def around(folders: list[str]) -> Path:
     return Path(os.path.relpath(os.path.commonpath(paths)))
 
 
-def search_and_save(folder: str, model: GPT, train_tokens: data.Tokens, measure: Callable) -> list[Plan]:
-    """The plans found for a run on training text; they go into its search.jsonl, where `auto:` finds them."""
+def search_and_save(folder: str, model: GPT, loss: Callable[[Plan], float]) -> list[Plan]:
+    """The plans found for a run; they go into its search.jsonl, where `auto:` finds them."""
     if model.plan.cyclic or any(len(route.k + route.v) > 2 for route in model.plan.routes):
         built = f"{folder} was built for {model.plan.spec!r}, which iterates or fuses"
         raise UserError(f"--search moves what layers read from one layer to another, and {built}")
-    path = search(
-        model.plan,
-        lambda plan: float(measure(model, train_tokens, plan=plan).mean()),
-        model.config.router_lowest,
-    )
+    path = search(model.plan, loss, model.config.router_lowest)
     rows = [{"plan": p.spec, "cache_ratio": p.cache_ratio, "calibration_loss": loss} for p, loss in path]
     write_lines(rows, Path(folder) / "search.jsonl")
     return [plan for plan, _ in path]
 
 
-def main():
+def arguments():
     parser = Parser(__doc__)
-    parser.add_argument("--out_dir", nargs="+", required=True, metavar="RUN", help="the runs to compare")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--out_dir", nargs="+", required=True, metavar="RUN", help="the runs to compare")
+    add(
         "--plans",
         nargs="+",
         metavar="SPEC",
         help="plans to score; auto:0.5 is the best that --search found within half the cache "
         "[kept layers from all to one, yoco, fusedkv-lite]",
     )
-    parser.add_argument(
-        "--windows", type=int, default=128, help="held-out windows of the context length [128]"
-    )
-    parser.add_argument("--batch_size", type=int, default=16, help="windows at a time [16]")
-    parser.add_argument("--save_dir", help="where the results go [the run's folder, or that around several]")
-    parser.add_argument("--search", action="store_true", help="find good plans for every cache size first")
-    parser.add_argument("--curves", action="store_true", help="only draw the losses logged in training")
-    parser.add_argument("--data_dir", help="where tokenized corpora live [as in training]")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... [auto]")
-    parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16"), help="of matrix products [as in training]"
-    )
-    args = parser.parse_args()
+    add("--windows", type=at_least(1), default=128, help="held-out windows of the context length [128]")
+    add("--batch_size", type=at_least(1), default=16, help="windows at a time [16]")
+    add("--save_dir", help="where the results go [the run's folder, or that around several]")
+    add("--search", action="store_true", help="find good plans for every cache size first")
+    add("--curves", action="store_true", help="only draw the losses logged in training")
+    add("--data_dir", help="where tokenized corpora live [as in training]")
+    add("--device", default="auto", help="cpu, cuda, ... [auto]")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), help="of matrix products [as in training]")
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
     folder = Path(args.save_dir or around(args.out_dir))
     if args.curves:
         draw_curves(args.out_dir, folder / "curves.png")
         print(f"wrote {folder / 'curves.png'}")
         return
-    if min(args.windows, args.batch_size) < 1:
-        raise UserError("--windows and --batch_size must be 1 or more")
     device = pick_device(args.device, many_shapes=True)
     runs, tokens, config = load_runs(args.out_dir, device, args.data_dir)
     dtype, _ = pick_dtype(args.dtype or config.dtype, device)
     measure = partial(window_losses, batch_size=args.batch_size, context=partial(autocast, device, dtype))
 
     found = {}
-    if args.search:
-        train_tokens = data.Tokens(tokens.path.parent, "train", tokens.block_size)
-        quarter = partial(measure, n=args.windows // 4 or 1)
-        for path, (name, model) in zip(args.out_dir, runs.items()):
-            found[name] = search_and_save(path, model, train_tokens, quarter)
-    autos = [spec for spec in args.plans or () if spec.startswith("auto")]
-    specs = args.plans and [spec for spec in args.plans if spec not in autos]
     for path, (name, model) in zip(args.out_dir, runs.items()):
-        plans = [Plan.parse(auto_plan(spec, path), len(model.plan)) for spec in autos]
-        found[name] = found.get(name, []) + plans
-    todo = choose(runs, specs, found)
+        if args.search:
+            train_tokens = data.Tokens(tokens.path.parent, "train", tokens.block_size)
+            losses = partial(measure, model, train_tokens, args.windows // 4 or 1)
+            found[name] = search_and_save(path, model, lambda plan, losses=losses: float(losses(plan=plan).mean()))
+    todo = choose(runs, args.out_dir, args.plans, found)
     rows = score(runs, todo, tokens, lambda model, plan: measure(model, tokens, args.windows, plan=plan))
     print(score_table(rows))
-    folder.mkdir(parents=True, exist_ok=True)
     write_lines(rows, folder / "sweep.jsonl")
     draw(rows, folder / "cache_vs_loss.png")
     print(f"wrote {folder / 'sweep.jsonl'} and {folder / 'cache_vs_loss.png'}")

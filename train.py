@@ -7,40 +7,103 @@ python train.py --out_dir=out/normal --init_from=resume
 """
 
 import math
-import os
-import signal
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-import cli
 import data
-import hf
 import kernels
-import parallel
-from cli import Pace, UserError, duration, first_line, human, replace_file
-from costs import costs
-from devices import (
-    autocast,
-    device_memory,
-    device_name,
-    matmul_peak,
-    pick_compile,
-    pick_device,
-    pick_dtype,
-    to_device,
+from kv_router import StochasticRouter, uniform_below
+from model import GPT, GPTConfig
+from support import cli, devices, hf, parallel, settings
+from support.cli import UserError, setting
+from support.runs import Run, Signals, model_from, window_losses
+
+
+@dataclass
+class TrainConfig:
+    out_dir: str = setting("out/run", "where checkpoints, logs and settings of this run go")
+    init_from: str = setting("scratch", "scratch; resume: from out_dir; hf:FOLDER: a Hugging Face folder")
+    # the data
+    dataset: str = setting("python", "a corpus below data_dir; python and shakespeare are made when missing")
+    data_dir: str = setting("data", "where tokenized corpora live")
+    # sharing
+    plan: str = setting("full", "KV-sharing plan to build and train; python kv_router.py --help lists them")
+    router_p: float = setting(
+        0.0, "stochastic KV routing: chance that a layer reads what a random lower layer reads; 0 is off"
+    )
+    router_lowest: int = setting(0, "stochastic KV routing: lowest layer that others are routed to")
+    forward_passes: int = setting(7, "cyclic plans: passes without gradient")
+    backward_passes: int = setting(2, "cyclic plans: passes with gradient, after those", low=1)
+    # the model
+    block_size: int = setting(256, "context length, in tokens")
+    n_layer: int = setting(8, "layers")
+    n_head: int = setting(4, "query heads")
+    n_kv_head: int = setting(2, "key/value heads (GQA; 1 is MQA); 0 for as many as query heads")
+    n_embd: int = setting(128, "width of the residual stream")
+    head_dim: int = setting(0, "features per head; 0 for n_embd / n_head")
+    n_hidden: int = setting(0, "hidden width of the MLP; 0 for 8/3 n_embd")
+    tie_embeddings: bool = setting(True, "input and output embeddings are one matrix")
+    qk_norm: bool = setting(False, "RMSNorm on queries and keys")
+    # optimization
+    optimizer: str = setting("muon", "of the layers' matrices; the rest has AdamW", ("adamw", "muon"))
+    batch_size: int = setting(16, "sequences per micro-step, on all devices together", low=1)
+    gradient_accumulation_steps: int = setting(1, "micro-steps per step", low=1)
+    max_iters: int = setting(600, "steps; 0 only evaluates and saves")
+    learning_rate: float = setting(5e-3, "peak learning rate; for adamw 3e-3 is better", below=1e30)
+    min_lr: float = setting(5e-4, "learning rate at the end of the cosine")
+    warmup_iters: int = setting(50, "steps of linear warm-up")
+    weight_decay: float = setting(0.1, "weight decay, on matrices only")
+    beta1: float = setting(0.9, "AdamW beta1", below=1)
+    beta2: float = setting(0.95, "AdamW beta2", below=1)
+    grad_clip: float = setting(1.0, "largest gradient norm; 0 is off")
+    seed: int = setting(0, "seed of the weights, the order of the data, and the router", below=1 << 63)
+    # looking at it
+    eval_interval: int = setting(100, "steps between evaluations (and checkpoints)", low=1)
+    eval_iters: int = setting(8, "batches of held-out windows per evaluation, always the same ones", low=1)
+    log_interval: int = setting(10, "steps between log lines", low=1)
+    # the machine
+    device: str = setting("auto", "cpu, cuda, mps, cuda:1, ...; auto takes the fastest there is")
+    dtype: str = setting(
+        "auto", "of matrix products; auto: bfloat16 where it is fast", ("auto", "float32", "bfloat16")
+    )
+    compile: bool | None = setting(None, "torch.compile the layers; auto: where that pays within the run")
+    shard: bool = setting(False, "under torchrun: split weights and moments over the devices (FSDP2)")
+
+    def __post_init__(self):
+        self.model_config(vocab_size=1)  # mistakes are named before a corpus is made
+        if self.min_lr > self.learning_rate:
+            raise UserError(
+                f"--min_lr {self.min_lr} is above --learning_rate {self.learning_rate}; lower it too"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.gradient_accumulation_steps * self.block_size
+
+    @property
+    def corpus(self) -> Path:
+        return Path(self.data_dir) / self.dataset
+
+    def micro_steps(self, start: int, end: int) -> range:
+        """The numbers of the micro-steps of steps start .. end - 1: which batch and which plan they get."""
+        return range(start * self.gradient_accumulation_steps, end * self.gradient_accumulation_steps)
+
+    def model_config(self, vocab_size: int) -> GPTConfig:
+        """The model that these settings ask for."""
+        sizes = {f.name: getattr(self, f.name) for f in fields(GPTConfig) if hasattr(self, f.name)}
+        return GPTConfig(**sizes, vocab_size=vocab_size)
+
+
+# What a resumed run may change; everything else must be as in the checkpoint.
+FREE_ON_RESUME = set(
+    "data_dir max_iters learning_rate min_lr eval_interval log_interval device dtype compile shard".split()
 )
-from kv_router import Plan, Rule, StochasticRouter, uniform_below
-from model import GPT
-from runs import Run, Signals, model_from, window_losses
-from settings import TrainConfig, settings
+
 
 # --- optimizers -------------------------------------------------------------------------------------------
 
@@ -50,51 +113,39 @@ def learning_rate(step: int, c: TrainConfig) -> float:
     if step < c.warmup_iters:
         return c.learning_rate * (step + 1) / (c.warmup_iters + 1)
     done = (step - c.warmup_iters) / max(1, c.max_iters - c.warmup_iters)
-    return c.min_lr + 0.5 * (1 + math.cos(math.pi * min(done, 1))) * (c.learning_rate - c.min_lr)
+    return c.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (c.learning_rate - c.min_lr)
 
 
 MOMENTUM = 0.95  # Muon's
 
 
-class Muon(torch.optim.AdamW):
-    """Muon (Jordan, 2024) for parameter groups with `muon`, AdamW for the others. A matrix moves along its
-    momentum made orthogonal, scaled to the size of AdamW's steps (arXiv 2502.16982), so that both can share
-    a learning rate. torch.optim.Muon takes each matrix on its own, and always in bfloat16, which many CPUs
-    emulate; here those of one shape go together, and their products are in `dtype`."""
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan, 2024): a matrix moves along its momentum made orthogonal, scaled to the size of AdamW's
+    steps (arXiv 2502.16982), so that both can share a learning rate. torch.optim.Muon computes in bfloat16
+    always, which many CPUs emulate; this one in `dtype`."""
 
-    def __init__(self, groups: list[dict], dtype: torch.dtype, **options):
-        super().__init__(groups, **options)
+    def __init__(self, params: list[Tensor], lr: float, weight_decay: float, dtype: torch.dtype):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            if group["muon"]:
-                self.muon_step(group)
-        super().step()
-
-    def muon_step(self, group: dict) -> None:
-        matrices = [p for p in group["params"] if p.grad is not None]
-        if not matrices:
-            return
-        for p in matrices:
-            if not self.state[p]:  # AdamW.load_state_dict expects a `step` in every parameter's state
-                self.state[p] |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(p)}
-        gradients, momenta = [p.grad for p in matrices], [self.state[p]["momentum"] for p in matrices]
-        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-        updates = torch._foreach_mul(gradients, 1 - MOMENTUM)  # Nesterov's
-        torch._foreach_add_(updates, momenta, alpha=MOMENTUM)
-        by_shape = {}  # matrices of one shape are made orthogonal together
-        for p, update in zip(matrices, updates):
-            update = update.full_tensor() if isinstance(update, DTensor) else update
-            by_shape.setdefault(p.shape, []).append((p, update))
-            p.grad = None  # so that AdamW passes it by
-        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        for shape, pairs in by_shape.items():
-            directions = orthogonal(torch.stack([update for _, update in pairs]).to(self.dtype))
-            for (p, _), direction in zip(pairs, directions):
-                direction = parallel.like(direction.to(p.dtype), p)
-                p.add_(direction, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
+            updates = {}  # by shape: the matrices of one shape are made orthogonal together, which is faster
+            for p in group["params"]:
+                if p.grad is None:  # sharing: a drawn plan can leave K and V of a layer unread
+                    continue
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - MOMENTUM)
+                update = parallel.whole(p.grad.lerp(momentum, MOMENTUM))  # Nesterov's
+                updates.setdefault(p.shape, []).append((p, update))
+            for shape, pairs in updates.items():
+                directions = orthogonal(torch.stack([update for _, update in pairs]).to(self.dtype))
+                for (p, _), direction in zip(pairs, directions):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    direction = parallel.like(direction.to(p.dtype), p)
+                    p.add_(direction, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
 
 
 # Coefficients of three polynomials a x + b x^3 + c x^5, applied in turn: the first takes singular values from
@@ -112,316 +163,133 @@ def orthogonal(x: Tensor) -> Tensor:
     # The norm of the Gram matrix bounds the largest squared singular value, more tightly than that of x does.
     size = 1.02 * gram.norm(dim=(1, 2), keepdim=True).clamp(min=1e-14)
     x, gram = x / size.sqrt(), gram / size
-    for i, (a, b, c) in enumerate(POLYNOMIALS):
-        if i > 0:
-            gram = x @ x.mT
+    for n, (a, b, c) in enumerate(POLYNOMIALS):
+        gram = x @ x.mT if n > 0 else gram
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
-def make_optimizer(model: GPT, c: TrainConfig, dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:
-    """AdamW, or Muon for the matrices of the layers. Matrices have weight decay; norms, biases and fusion
-    gates have none."""
-    inside = {p for p in model.blocks.parameters() if p.dim() == 2}
-    layers = [p for p in model.parameters() if p in inside]
-    tables = [p for p in model.parameters() if p.dim() == 2 and p not in inside]
+def make_optimizers(
+    model: GPT, c: TrainConfig, dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for the matrices of the layers. Norms, biases and fusion gates have no weight decay."""
+    layers = [p for p in model.blocks.parameters() if p.dim() == 2 and c.optimizer == "muon"]
+    taken = set(layers)
+    matrices = [p for p in model.parameters() if p.dim() == 2 and p not in taken]
     vectors = [p for p in model.parameters() if p.dim() != 2]
-    groups = [
-        {"params": layers, "weight_decay": c.weight_decay, "muon": c.optimizer == "muon"},
-        {"params": tables, "weight_decay": c.weight_decay, "muon": False},
-        {"params": vectors, "weight_decay": 0.0, "muon": False},
-    ]
-    options = {"lr": c.learning_rate, "betas": (c.beta1, c.beta2), "fused": True}
-    return Muon(groups, dtype, **options) if c.optimizer == "muon" else torch.optim.AdamW(groups, **options)
-
-
-def restore(optimizer: torch.optim.Optimizer, checkpoint: dict, path: Path) -> None:
-    """Load the optimizer's moments. Its settings are those of the run, whatever the file says."""
-    parameters = [(p, group["muon"]) for group in optimizer.param_groups for p in group["params"]]
-    try:
-        state = {}
-        for i, moments in checkpoint["optimizer"]["state"].items():
-            p, muon = parameters[i]
-            names = ["momentum"] if muon else ["exp_avg", "exp_avg_sq"]
-            wanted = {"step": torch.Size(())} | dict.fromkeys(names, p.shape)
-            if {name: t.shape for name, t in moments.items()} != wanted:
-                raise ValueError("its moments are not those of these weights")
-            state[i] = moments | {name: parallel.like(moments[name], p) for name in names}
-        if bool(state) != bool(checkpoint["step"]):  # only an untrained model has no moments
-            raise ValueError("it has no moments")
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
-    except Exception as e:  # whatever a file can hold in place of tensors
-        raise UserError(f"{path} does not hold the state of this optimizer ({first_line(e)})") from e
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    betas = (c.beta1, c.beta2)
+    adamw = torch.optim.AdamW(
+        groups, lr=c.learning_rate, betas=betas, weight_decay=c.weight_decay, fused=True
+    )
+    return [adamw] + ([Muon(layers, c.learning_rate, c.weight_decay, dtype)] if layers else [])
 
 
 # --- training ---------------------------------------------------------------------------------------------
 
 
-class Trainer:
-    """A model in training: what a step does, what is looked at in between, and what is saved."""
+def train(c: TrainConfig, model: GPT, router: StochasticRouter | None, run: Run, device: str, dtype) -> int:
+    """From the run's first step to its last: look, stop, step, report. Returns the number of the signal that
+    stopped it earlier, or 0."""
+    context = partial(devices.autocast, device, dtype)
+    tokens, held_out = (data.Tokens(c.corpus, split, c.block_size) for split in ("train", "val"))
+    optimizers = make_optimizers(model, c, dtype)
+    run.restore(model, optimizers)
 
-    def __init__(self, c: TrainConfig, model: GPT, router: StochasticRouter | None, run: Run, device: str):
-        self.c, self.model, self.router, self.run, self.device = c, model, router, run, device
-        self.dtype, self.dtype_reason = pick_dtype(c.dtype, device)
-        self.folder = Path(c.data_dir) / c.dataset
-        self.train_tokens, self.val_tokens = (
-            data.Tokens(self.folder, split, c.block_size) for split in ("train", "val")
-        )
-        self.optimizer = make_optimizer(model, c, self.dtype)
-        self.context = partial(autocast, device, self.dtype)
-        self.flops_per_token = costs(model.plan, model.config, c.block_size).train_flops / c.block_size
-        self.peak_flops = matmul_peak(device, self.dtype) * parallel.RANKS
-        self.unchecked: list[Tensor] = []  # loss and gradient norm of steps that no one has looked at yet
-        self.pace, self.paused = Pace(), 0.0  # seconds spent on evaluating and saving
+    def loss_on_held_out(plan=None) -> float:
+        n = c.eval_iters * c.batch_size
+        return float(window_losses(model, held_out, n, c.batch_size, plan, context).mean())
 
-    def loop(self) -> tuple[int, int] | None:
-        """Train from the run's step to the last. Returns the step and the signal that stopped it earlier."""
-        c = self.c
-        self.pace.mark(time.monotonic(), self.run.start)
-        with Signals() as signals:
-            for step in range(self.run.start, c.max_iters + 1):
-                stopping = self.any_signal(signals, step)
-                self.look(step, stopping)
-                if stopping:
-                    return step, signals.received or signal.SIGTERM  # another rank received it
-                if step < c.max_iters:
-                    self.train_step(step)
-                    if (step + 1) % c.log_interval == 0 or step + 1 == c.max_iters or signals.received:
-                        self.report(step + 1)
+    losses: list[Tensor] = []  # and gradient norms, of the steps since the last report
+    with Signals() as signals:
+        for step in range(run.start, c.max_iters + 1):
+            # Look, on the same held-out windows and under the same drawn plans every time.
+            stop = parallel.any_signal(signals.received, step % c.log_interval == 0, device)
+            due = (step % c.eval_interval == 0 or step == c.max_iters) and step != run.looked_at
+            goal = math.inf
+            if due:
+                loss = goal = loss_on_held_out()
+                if router:  # sharing: the full cache is one plan of many; the best step is best over draws
+                    goal = loss_on_held_out(router.plan)
+                run.report_look(step, loss, goal, held_out.bits_per_byte(loss), step * c.tokens_per_step)
+            if stop or (due and (step > 0 or c.max_iters == 0)):  # an untrained model is not saved
+                run.save(step, model, optimizers, goal)
+            if stop or step == c.max_iters:
+                return stop
 
-    def train_step(self, step: int) -> None:
-        """One step of the optimizer, on gradient_accumulation_steps batches. A router draws each a plan."""
-        c = self.c
-        for group in self.optimizer.param_groups:
+            losses.append(take_step(step, c, model, router, optimizers, tokens, context, device))
+
+            # Report, also before each look, so that the log is complete at every checkpoint.
+            done = step + 1
+            at_end = done == c.max_iters or signals.received
+            if at_end or done % c.log_interval == 0 or done % c.eval_interval == 0:
+                plans = [router.plan(i).spec for i in c.micro_steps(done - len(losses), done)] if router else []
+                run.report(done, losses, learning_rate(step, c), plans, c.tokens_per_step, c.max_iters - done)
+                losses = []
+
+
+def take_step(step: int, c, model, router, optimizers, tokens, context, device) -> Tensor:
+    """One step of the optimizers, on gradient_accumulation_steps batches. Returns the loss and the norm of
+    the gradient, (2,), which a GPU may still be computing."""
+    total = torch.zeros((), device=device)
+    for micro in c.micro_steps(step, step + 1):
+        batch = tokens.batch(micro, c.batch_size, c.seed)
+        x, y = (devices.to_device(t[parallel.RANK :: parallel.RANKS], device) for t in batch)
+        plan = router.plan(micro) if router else None  # sharing: every batch runs under a plan of its own
+        with context():
+            loss = model(x, y, plan=plan)[1] / c.gradient_accumulation_steps
+        loss.backward()
+        total += loss.detach()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    parallel.average([total] if c.shard else [total, *gradients])
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, c)
-        total = 0.0
-        for micro in c.micro_steps(step, step + 1):
-            batch = self.train_tokens.batch(micro, c.batch_size, c.seed)
-            x, y = (to_device(t[parallel.RANK :: parallel.RANKS], self.device) for t in batch)
-            plan = self.router.plan(micro) if self.router else None
-            with self.context():
-                loss = self.model(x, y, plan=plan)[1] / c.gradient_accumulation_steps
-            loss.backward()
-            total += loss.detach()
-        if parallel.RANKS > 1 and not c.shard:
-            parallel.average_gradients(self.model.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip or math.inf)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        # On a GPU these are still being computed; they are looked at when a line is due, all at once.
-        self.unchecked.append(torch.stack((parallel.average(total), norm)))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def any_signal(self, signals: Signals, step: int) -> bool:
-        """Whether a signal asks to stop before `step`. All ranks must stop at the same step, and asking them
-        waits for their devices, so several ranks ask only now and then."""
-        if parallel.RANKS == 1:
-            return signals.received is not None
-        if step % self.c.log_interval:
-            return False
-        return parallel.on_any_rank(signals.received is not None, self.device)
-
-    def look(self, step: int, stopping: bool) -> None:
-        """Evaluate, save and sample, where that is due before `step`."""
-        c, run = self.c, self.run
-        known = run.resumed and step == run.start  # evaluated and saved by the sitting before
-        due = (step % c.eval_interval == 0 or step == c.max_iters) and not known
-        show = c.sample_interval and step > run.start and step % c.sample_interval == 0
-        if not (due or stopping or show):
-            return
-        self.check(step)  # waits for a GPU: from here on, nothing is training
-        began = time.monotonic()
-        is_best = due and self.evaluate(step)
-        if stopping or (due and (step > 0 or c.max_iters == 0)):
-            self.save(step, is_best)
-        if show:
-            self.show_sample()
-        self.paused += time.monotonic() - began
-
-    def evaluate(self, step: int) -> bool:
-        """Log the loss on held-out windows. Returns whether it is the lowest so far."""
-        loss = goal = self.held_out_loss(step)
-        row = {"val_loss": loss, "val_bpb": self.val_tokens.bits_per_byte(loss)}
-        note = ""
-        if self.router:  # the full cache is only one of the plans it trains: the best step is best over draws
-            # The same draws at every evaluation, by the rule as it is at this step.
-            draw = partial(self.router.plan, self.c.micro_steps(step, step + 1)[0])
-            goal = row["val_loss_routed"] = self.held_out_loss(step, draw)
-            note = f"  {goal:.4f} over drawn plans"
-        print(f"step {step:5}  val {loss:.4f} nats/token  {row['val_bpb']:.4f} bits/byte{note}", flush=True)
-        self.run.log(step, **row, tokens=step * self.c.tokens_per_step)
-        if step == 0 and self.c.max_iters > 0:
-            return False  # nothing is saved of an untrained model
-        is_best = goal < self.run.best
-        self.run.best = min(goal, self.run.best)
-        return is_best
-
-    def held_out_loss(self, step: int, plan: Callable[[int], Plan] | None = None) -> float:
-        n = self.c.eval_iters * self.c.batch_size
-        losses = window_losses(self.model, self.val_tokens, n, self.c.batch_size, plan, self.context)
-        loss = float(losses.mean())
-        if not math.isfinite(loss):
-            self.run.fail(f"the loss became {loss} by step {step}", "lower --learning_rate")
-        return loss
-
-    def save(self, step: int, is_best: bool) -> None:
-        state = parallel.whole({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()})
-        about = {"config": asdict(self.c), "model_config": asdict(self.model.config)}
-        about["corpus"] = self.train_tokens.meta["train"]["sha256"]
-        self.run.save(step, state | about, is_best)
-
-    def check(self, step: int) -> None:
-        """Stop the run at the first loss or gradient that is not finite, before anything of it is saved."""
-        values = torch.stack(self.unchecked).tolist() if self.unchecked else []
-        self.unchecked.clear()
-        for n, pair in enumerate(values, step - len(values) + 1):
-            for name, value in zip(("loss", "gradient norm"), pair):
-                if not math.isfinite(value):
-                    drawn = self.drawn(n - 1, n) or [self.model.plan.spec]
-                    what = f"the {name} became {value} by step {n}; plan: {', '.join(drawn)}"
-                    self.run.fail(what, "lower --learning_rate")
-
-    def drawn(self, start: int, end: int) -> list[str]:
-        """The plans that were drawn for steps start .. end - 1."""
-        micro_steps = self.c.micro_steps(start, end) if self.router else ()
-        return [self.router.plan(micro).spec for micro in micro_steps]
-
-    def report(self, step: int) -> None:
-        """A line on the screen and in the log: the loss of the last step, and how fast training goes."""
-        c = self.c
-        loss = float(self.unchecked[-1][0])  # waits for a GPU
-        self.check(step)
-        self.pace.mark(time.monotonic() - self.paused, step)
-        speed = self.pace.rate * c.tokens_per_step
-        row = {"train_loss": loss, "lr": learning_rate(step - 1, c), "tokens": step * c.tokens_per_step}
-        row |= {"tokens_per_s": speed, "flops_per_s": speed * self.flops_per_token}
-        text = f"step {step:5}  loss {loss:.4f}  lr {row['lr']:.1e}  {speed:,.0f} tokens/s"
-        text += f" ({row['flops_per_s'] / self.peak_flops:.0%} of peak)"
-        if speed:  # 0 where the clock has not moved
-            text += f"  {duration((c.max_iters - step) * c.tokens_per_step / speed)} left"
-        if plans := self.drawn(self.run.logged, step):
-            row["plans"] = plans
-            text += f"  drew {plans[-1]}"
-        self.run.log(step, **row)
-        print(text, flush=True)
-
-    def show_sample(self) -> None:
-        """A few lines of text, uncompiled: sampling changes shapes at every step."""
-        enc = data.load_tokenizer(self.folder)
-        prompt = torch.tensor([[enc.eot_token]], device=self.device)
-        n = min(64, self.model.config.block_size - 1)
-        with torch.compiler.set_stance("force_eager"):
-            ids = self.model.generate(prompt, n, 0.8, top_k=50, seed=0, n_vocab=enc.n_vocab)[0, 1:]
-        stream = data.TextStream(enc)
-        text = "".join(map(stream, ids.tolist())) + stream.rest()
-        print("  | " + text.replace("\n", "\n  | "), flush=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return torch.stack((total, parallel.whole(norm)))
 
 
-def check_memory(c: TrainConfig, device: str) -> None:
-    """UserError where the weights, gradients and moments of the layers exceed the device's memory."""
-    n_params = costs(Plan.parse(c.plan, c.n_layer), c.model_config(vocab_size=1)).params
-    n_bytes = 12 if c.optimizer == "muon" else 16  # AdamW has two moments, Muon one
-    need, have = n_bytes * n_params, device_memory(device) * (parallel.RANKS if c.shard else 1)
-    if need > have:
-        raise UserError(
-            f"{human(n_params)} parameters need {human(need, 'B')} to train and {device} has "
-            f"{human(have, 'B')}; lower --n_layer or --n_embd"
-        )
-
-
-def corpus_of(c: TrainConfig, checkpoint: dict | None) -> dict:
-    """The meta data of the corpus, which is made where it is missing. UserError where it is not intact, or
-    not the one that the checkpoint was trained on."""
-    folder = Path(c.data_dir) / c.dataset
-    if parallel.RANK == 0 and not folder.exists() and not checkpoint:
-        data.prepare_dataset(c.dataset, folder)
-    parallel.wait_for_all()
-    corpus = data.verified(folder)
-    if checkpoint and checkpoint["corpus"] != corpus["train"]["sha256"]:
-        raise UserError(
-            f"{folder} is not the corpus that {c.out_dir} was trained on; use that or a new --out_dir"
-        )
-    return corpus
-
-
-def make_model(c: TrainConfig, vocab_size: int, path: Path | None, checkpoint: dict | None, kind: type[GPT]):
-    """The model to train: from a checkpoint, from a Hugging Face folder, or new."""
-    torch.manual_seed(c.seed)
-    if checkpoint:
-        return model_from(path, checkpoint, kind)
-    if c.init_from.startswith("hf:"):
-        if kind is not GPT:
-            raise UserError(f"--init_from={c.init_from} makes a GPT, not a {kind.__name__}; leave it out")
-        model = hf.pretrained(c.init_from[3:], c.plan, Path(c.data_dir) / c.dataset, c.block_size)
-        model.config.forward_passes, model.config.backward_passes = c.forward_passes, c.backward_passes
-        model.config.router_lowest = c.router_lowest
-        return model
+def make_model(c: TrainConfig, run: Run, vocab_size: int, device: str) -> GPT:
+    """The model to train: from the run's checkpoint, from a Hugging Face folder, or new."""
     if vocab_size > 1024:
         vocab_size = -(-vocab_size // 64) * 64  # rows of the logits that are aligned, as GPUs want them
-    return kind(c.model_config(vocab_size))
+    config = c.model_config(vocab_size)
+    bytes_each = 12 if c.optimizer == "muon" else 16  # weight, gradient, and one or two moments
+    devices.check_memory(lambda: GPT(config), bytes_each, device, parallel.RANKS if c.shard else 1)
+    torch.manual_seed(c.seed)
+    if run.checkpoint:
+        return model_from(run.source, run.checkpoint)
+    if c.init_from.startswith("hf:"):
+        return hf.pretrained(c.init_from[3:], config, c.corpus)
+    return GPT(config)
 
 
-def main(rule: Rule = uniform_below, model_class: type[GPT] = GPT) -> None:
-    """`rule` draws the plans of stochastic routing. A study passes a rule of its own, or another class of
-    model."""
-    if parallel.RANK:
-        sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
-    c, path, checkpoint = settings(__doc__)
-    device = parallel.join(pick_device(c.device))
-    if c.router_lowest:
-        rule = partial(rule, lowest=c.router_lowest)
-    router = StochasticRouter(c.n_layer, c.router_p, c.seed, c.plan, rule) if c.router_p else None
-    check_memory(c, device)  # mistakes are named before a corpus is made
-    corpus = corpus_of(c, checkpoint)
-    if checkpoint and checkpoint["step"] >= c.max_iters:
-        if path.name == "best.pt" and parallel.RANK == 0:  # killed before the last step was in ckpt.pt, too
-            replace_file(path.with_name("ckpt.pt"), path.read_bytes())
-        print(f"{c.out_dir}: all {checkpoint['step']} steps are done; more: --max_iters")
-        parallel.leave()
-        return
-    model = make_model(c, corpus["vocab_size"], path, checkpoint, model_class)
+def main(rule: Callable = uniform_below) -> None:
+    """`rule` draws the plans of stochastic routing, see kv_router.StochasticRouter."""
+    c, run = settings.start(TrainConfig, FREE_ON_RESUME, __doc__)
+    router, how = None, f"plan {c.plan}"
+    if c.router_p:
+        router = StochasticRouter(c.n_layer, c.router_p, c.seed, c.plan, c.router_lowest, rule)
+        how += f", stochastic routing with p = {c.router_p}"
+    device = parallel.join(devices.pick_device(c.device))
+    vocab_size = run.find_corpus(c.corpus)
+    model = make_model(c, run, vocab_size, device)
     n_params = sum(p.numel() for p in model.parameters())
-    flops = costs(model.plan, model.config, c.block_size).train_flops / c.block_size * c.tokens_per_step
-    compiled, why = pick_compile(c.compile, device, flops * c.max_iters)
+    flops = 6 * n_params * c.tokens_per_step * (c.max_iters - run.start)
+    compiled, why = devices.pick_compile(c.compile, device, flops)
     if compiled:
         kernels.compile_training(model)
     if c.shard:
         parallel.shard(model, device)
-    run = Run(c.out_dir, path, checkpoint, writes=parallel.RANK == 0)
-    trainer = Trainer(c, model.to(device).train(), router, run, device)
-    if checkpoint:
-        restore(trainer.optimizer, checkpoint, path)
-
-    run.open(asdict(c), {
-        "device": device_name(device), "threads": torch.get_num_threads(), "dtype": str(trainer.dtype),
-        "parameters": n_params, "plan": model.plan.spec, "corpus": corpus["train"]["sha256"],
-        "ranks": parallel.RANKS, "matmul_flops_per_s": trainer.peak_flops / parallel.RANKS,
-    }, trainer.folder)  # fmt: skip
-    how = f"plan {c.plan}"
-    if c.key_residual:
-        how += f", keys of layer {c.router_lowest} added to those above"
-    if router:
-        drawn = f" among layers {c.router_lowest} and above" if c.router_lowest else ""
-        how += f", stochastic routing with p = {c.router_p}{drawn}"
+    model.to(device).train()
     print(f"{c.out_dir}: {n_params:,} parameters, {how}, {c.max_iters} steps of {c.tokens_per_step:,} tokens")
-    dtype = str(trainer.dtype).removeprefix("torch.")
-    compiling = f"{'compiled' if compiled else 'not compiled'} ({why})"
-    print(f"{device_name(device)}, {dtype} ({trainer.dtype_reason}), {compiling}")
-    if checkpoint:
-        print(f"resumed after step {run.start}, from {path}")
-    stopped = trainer.loop()
-    if stopped:
-        step, number = stopped
-        command = f"python train.py --out_dir={c.out_dir} --init_from=resume"
-        print(f"stopped and saved after step {step}; go on: {command}")
-        parallel.leave(128 + number)
-        sys.exit(128 + number)
-    over = " over drawn plans" if router else ""
-    best = f"best val {run.best:.4f} nats/token, {trainer.val_tokens.bits_per_byte(run.best):.4f} bits/byte"
-    print(f"{c.out_dir}: {duration(run.seconds)}, {best}{over}")
-    print(f"next: python sweep.py --out_dir {c.out_dir}; python sample.py --out_dir {c.out_dir}")
-    parallel.leave()
+    dtype, dtype_reason = devices.pick_dtype(c.dtype, device)
+    name = devices.device_name(device)
+    print(f"{name}, {str(dtype).removeprefix('torch.')} ({dtype_reason}), {'' if compiled else 'not '}compiled ({why})")
+    run.open(asdict(c), {"device": name, "dtype": str(dtype), "parameters": n_params})
+    run.close(train(c, model, router, run, device, dtype))
 
 
 if __name__ == "__main__":

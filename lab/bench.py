@@ -1,6 +1,6 @@
-"""Time to first token, time per token, throughput and cache memory by plan, each next to what `costs.py`
-predicts. The plans take turns, so that a noisy machine is as noisy to all of them, and figures are medians
-over the turns.
+"""Time to first token (TTFT), time per token (TPOT), throughput and cache memory by plan, each next to what
+`support/costs.py` predicts. The plans take turns, so that a noisy machine is as noisy to all of them, and figures
+are medians over the turns.
 
 python -m lab.bench                                                # 125M parameters, random weights
 python -m lab.bench --dtype bfloat16 --peer hf --prompts 64 8192   # next to transformers' model
@@ -9,27 +9,24 @@ python -m lab.bench --train --config config/demo.toml              # speed and m
 """
 
 import argparse
-import statistics
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
 
-import cli
-import hf
 import kernels
-from cli import Parser, Progress, UserError, duration, human, table, write_lines
-from costs import costs
-from devices import device_memory, device_name, pick_device, pick_dtype, require_compiler
 from kv_router import PlanError
 from lab import bench_train
-from lab.clock import Clock
 from model import GPT, GPTConfig, KVCache
-from plots import line, picture
-from runs import load_run
+from support import cli, hf
+from support.cli import Parser, Progress, UserError, at_least, human, table, write_lines
+from support.costs import costs
+from support.devices import device_name, pick_device, pick_dtype, require_compiler
+from support.plots import line, picture
+from support.runs import load_run
 from sweep import auto_plan
 
 SHAPE = {"n_layer": 12, "n_head": 12, "n_kv_head": 4, "n_embd": 768, "vocab_size": 32000}  # 125M parameters
@@ -48,20 +45,18 @@ class Ours:
         except PlanError:  # it lacks gates: a copy that has some takes as long as a trained one
             model = hf.convert(model, spec)
             self.plan = model.plan
-        self.model, self.name, self.caches = model, spec, {}
-        weight = model.embed.weight
-        self.placement = {"dtype": weight.dtype, "device": weight.device}
+        self.model, self.name, self.kept = model, spec, {}
+        self.placement = {"dtype": model.embed.weight.dtype, "device": model.embed.weight.device}
 
-    def predicted(self, context: int = 1, batch: int = 1):
+    def predicted(self, context: int, batch: int):
         return costs(self.plan, self.model.config, context, batch, self.placement["dtype"].itemsize)
 
     def cache(self, batch: int, length: int) -> KVCache:
         """An empty cache, in the same memory at every use, as CUDA graphs need it."""
-        key = batch, length
-        if key not in self.caches:
-            self.caches[key] = KVCache(self.model.config, self.plan, batch, length, **self.placement)
-        self.caches[key].length = 0
-        return self.caches[key]
+        if (batch, length) not in self.kept:
+            self.kept[batch, length] = KVCache(self.model.config, self.plan, batch, length, **self.placement)
+        self.kept[batch, length].length = 0
+        return self.kept[batch, length]
 
     def tokens(self, idx: Tensor, n: int, cache: KVCache):
         yield from self.model.stream(idx, n, temperature=0, cache=cache)
@@ -75,6 +70,8 @@ class HuggingFace:
             from transformers import AutoConfig, AutoModelForCausalLM
         except ImportError as e:
             raise UserError("--peer hf needs the package transformers: pip install transformers") from e
+        if model.plan.spec != "full":
+            raise UserError(f"--peer hf knows no sharing, and the model was built for {model.plan.spec!r}")
         config, weights = hf.export(model)
         config = AutoConfig.for_model(**config)
         with torch.device("meta"):
@@ -83,8 +80,7 @@ class HuggingFace:
         with model.embed.weight.device:  # the table of angles is not among the weights
             self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config)
         self.model.eval()
-        self.name, self.plan = "transformers", model.plan
-        self.predicted = Ours(model, "full").predicted
+        self.name, self.plan, self.predicted = "transformers", model.plan, Ours(model, "full").predicted
 
     def cache(self, batch: int, length: int) -> dict:
         return {"past_key_values": None}
@@ -101,13 +97,26 @@ class HuggingFace:
 # --- measuring --------------------------------------------------------------------------------------------
 
 
-def time_tokens(contender, idx: Tensor, n: int, cache) -> list[float]:
-    """Seconds until the first token, and then of each further one, of n in all."""
-    clock = Clock(idx.device)
-    clock.mark()
-    for _ in contender.tokens(idx, n, cache):
-        clock.mark()
-    return clock.seconds()
+class Clock:
+    """Marks moments, and gives the seconds between them once all are past. On a GPU the marks are CUDA events,
+    so that taking them does not hold up the work."""
+
+    def __init__(self, device: torch.device):
+        self.cuda, self.marks = device.type == "cuda", []
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def mark(self):
+        self.marks.append(torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter())
+        if self.cuda:
+            self.marks[-1].record()
+
+    def seconds(self) -> list[float]:
+        pairs = zip(self.marks, self.marks[1:])
+        if not self.cuda:
+            return [b - a for a, b in pairs]
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in pairs]
 
 
 def bandwidth(x: Tensor) -> float:
@@ -119,137 +128,105 @@ def bandwidth(x: Tensor) -> float:
     return x.nbytes / min(clock.seconds())
 
 
-def interleaved(contenders: list, prompts: list[int], args) -> list[dict]:
-    """One row per contender and prompt length: medians over args.repeats turns. Before each measurement the
-    memory's bandwidth is measured too."""
-    base = contenders[0].model
-    device, generator = base.embed.weight.device, torch.Generator().manual_seed(0)
+def measure(contender, idx: Tensor, filled: int, n: int) -> dict:
+    """A prompt idx (B, T) and n new tokens, after `filled` positions that are in the cache already."""
+    cache = contender.cache(len(idx), filled + idx.size(1) + n)
+    if filled:
+        for store in (*cache.k.values(), *cache.v.values()):
+            store.fill_(0.01)  # memory that no one wrote is not really read
+        cache.length = filled
+    clock = Clock(idx.device)
+    clock.mark()
+    for _ in contender.tokens(idx, n, cache):
+        clock.mark()
+    ttft, *each = clock.seconds()
+    size = getattr(cache, "bytes", None)  # a peer does not say what its cache takes
+    if filled:
+        contender.kept.clear()  # no two of this size may fit the memory
+    return {"ttft": None if filled else ttft, "tpot": median(each), "cache_bytes": size}
+
+
+def interleaved(contenders: list, cases: list[tuple], args) -> list[dict]:
+    """One row per case, (contender, prompt, batch, positions that are filled): medians over args.repeats turns.
+    Before each measurement the memory's bandwidth is measured too."""
+    device, generator = contenders[0].model.embed.weight.device, torch.Generator().manual_seed(0)
+    vocab_size, found, speeds = contenders[0].model.config.vocab_size, {case: [] for case in cases}, []
     big = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
-    idx = torch.randint(base.config.vocab_size, (args.batch, max(prompts)), generator=generator).to(device)
-    times, speeds, cache_bytes = {}, [], {}
-    progress, done = Progress("measuring", args.repeats * len(contenders) * sum(prompts)), 0
-    for turn in range(-1, args.repeats):  # the first turn compiles; long prompts would add nothing to it
-        for length in prompts if turn >= 0 or device.type == "cuda" else prompts[:1]:
-            for contender in contenders:
-                cache = contender.cache(args.batch, length + args.new_tokens)
-                speed = bandwidth(big)
-                seconds = time_tokens(contender, idx[:, :length], args.new_tokens, cache)
-                if turn >= 0:
-                    speeds.append(speed)
-                    times.setdefault((contender.name, length), []).append(seconds)
-                    cache_bytes[contender.name, length] = getattr(cache, "bytes", None)
-                    done += length
-                    progress(done, f"{contender.name}, {length} tokens")
-    progress.close()
-    speed, rows = statistics.median(speeds), []
-    for length in prompts:
-        for contender in contenders:
-            turns = times[contender.name, length]
-            tpot = statistics.median(statistics.median(seconds[1:]) for seconds in turns)
-            predicted = contender.predicted(length, args.batch)
-            rows.append({
-                "name": contender.name, "plan": contender.plan.spec, "prompt": length, "batch": args.batch,
-                "ttft": statistics.median(seconds[0] for seconds in turns), "tpot": tpot,
-                "cache_bytes": cache_bytes[contender.name, length],
-                "bandwidth": speed, "of_bandwidth": predicted.decode_bytes / tpot / speed,
-                "predicted": asdict(predicted),
-            })  # fmt: skip
-    return rows
-
-
-def largest_batch(contender: Ours, context: int, memory: float) -> int:
-    """How many sequences of `context` tokens the cache holds in `memory` bytes."""
-    positions = max(2, -(-context // kernels.BLOCK)) * kernels.BLOCK
-    need = positions * contender.predicted().cache_bytes_per_token
-    if need > memory:
-        raise UserError(
-            f"--memory_gb {memory / 1e9:g}: the cache of one sequence of {context} tokens under "
-            f"{contender.name} needs {human(need, 'B')}, and there are {human(memory, 'B')}; ask for "
-            "more, or for shorter --prompts"
-        )
-    return int(memory // need)
-
-
-def at_capacity(plans: list[Ours], batches: dict[str, int], context: int, args) -> list[dict]:
-    """Decode throughput with the given (the largest) batches, their caches filled with `context` tokens."""
-    times = {contender.name: [] for contender in plans}
-    progress = Progress("at capacity", (args.repeats + 1) * len(plans))
-    for turn in range(-1, args.repeats):
-        for i, contender in enumerate(plans):
-            seconds = time_full_cache(contender, batches[contender.name], context, args.new_tokens)
-            if turn >= 0:
-                times[contender.name].append(seconds)
-            progress((turn + 1) * len(plans) + i + 1, contender.name)
-    rows = []
-    for contender in plans:
-        batch, step = batches[contender.name], statistics.median(times[contender.name])
-        row = {"name": contender.name, "plan": contender.plan.spec, "context": context, "batch": batch}
-        row |= {"memory_gb": args.memory_gb, "step": step, "tokens_per_s": batch / step}
-        rows.append(row | {"predicted": asdict(contender.predicted(context, batch))})
-    return rows
-
-
-def time_full_cache(contender: Ours, batch: int, context: int, n: int) -> float:
-    """Seconds of a decode step; the cache is freed afterwards, as no two of this size may fit the memory."""
-    contender.caches.clear()
-    cache = contender.cache(batch, context)
-    for store in (*cache.k.values(), *cache.v.values()):
-        store.fill_(0.01)  # memory that no one wrote is not really read
-    cache.length = context - n
-    idx = torch.zeros(batch, 1, dtype=torch.long, device=cache.position.device)
-    seconds = time_tokens(contender, idx, n, cache)
-    contender.caches.clear()
-    return statistics.median(seconds[1:])
-
-
-# --- tables and a picture ---------------------------------------------------------------------------------
-
-
-def latency_table(rows: list[dict], reference: str) -> str:
-    """Measured figures, and their ratios to the reference with the same prompt, predicted ones in
-    brackets."""
-    lines = [["", "prompt"]]
-    for name in ("cache", "TTFT", "TPOT"):
-        lines[0] += [name, "ratio (pred.)"]
-    lines[0] += ["tokens/s", "of bandwidth"]
-    for row in rows:
-        (base,) = (r for r in rows if r["name"] == reference and r["prompt"] == row["prompt"])
-        cells = [row["name"], str(row["prompt"])]
-        for measured, predicted, text in (
-            ("cache_bytes", "cache_bytes_per_token", human(row["cache_bytes"] or 0, "B")),
-            ("ttft", "prefill_flops", human(row["ttft"], "s")),
-            ("tpot", "decode_bytes", f"{1e3 * row['tpot']:.1f} ms"),
-        ):
-            if row[measured] is None:  # a peer does not say what its cache takes
-                cells += ["", ""]
+    progress, done = Progress("measuring", args.repeats * sum(case[1] for case in cases)), 0
+    for turn in range(-1, args.repeats):  # the first turn compiles; on a CPU long prompts add nothing to it
+        for case in cases:
+            contender, prompt, batch, filled = case
+            if turn < 0 and device.type == "cpu" and prompt > min(args.prompts):
                 continue
-            expected = row["predicted"][predicted] / base["predicted"][predicted]
-            cells += [text, f"{row[measured] / base[measured]:.3f} ({expected:.3f})"]
-        lines.append(cells + [f"{row['batch'] / row['tpot']:.1f}", f"{row['of_bandwidth']:.0%}"])
-    return table(lines)
+            idx = torch.randint(vocab_size, (batch, prompt), generator=generator).to(device)
+            speeds.append(bandwidth(big))
+            one = measure(contender, idx, filled, args.new_tokens)
+            if turn >= 0:
+                found[case].append(one)
+                done += prompt
+                progress(done, f"{contender.name}, {prompt} tokens")
+    progress.close()
+    rows = []
+    for (contender, prompt, batch, filled), turns in found.items():
+        row = {"name": contender.name, "plan": contender.plan.spec, "context": prompt + filled, "batch": batch}
+        for key in ("cache_bytes", "ttft", "tpot"):
+            row[key] = None if turns[0][key] is None else median(one[key] for one in turns)
+        expected = contender.predicted(prompt + filled, batch)
+        row |= {"tokens_per_s": batch / row["tpot"], "bandwidth": median(speeds), "predicted": {
+            "cache_bytes": batch * expected.cache_bytes_per_token, "ttft": expected.prefill_flops,
+            "tpot": expected.decode_bytes, "tokens_per_s": batch / expected.decode_bytes,
+        }}  # fmt: skip
+        rows.append(row | {"of_bandwidth": expected.decode_bytes / row["tpot"] / row["bandwidth"]})
+    return rows
 
 
-def capacity_table(rows: list[dict]) -> str:
-    """Measured figures, and in brackets what the bytes read by a step predict."""
-    lines = [["", "batch", "step", "tokens/s", "ratio (pred.)"]]
-    predicted = [row["batch"] / row["predicted"]["decode_bytes"] for row in rows]
-    for row, expected in zip(rows, predicted):
-        ratio = row["tokens_per_s"] / rows[0]["tokens_per_s"]
-        cells = [row["name"], str(row["batch"]), f"{1e3 * row['step']:.0f} ms", f"{row['tokens_per_s']:.1f}"]
-        lines.append(cells + [f"{ratio:.2f} ({expected / predicted[0]:.2f})"])
+def at_capacity(contenders: list[Ours], args) -> list[tuple]:
+    """Cases whose batch is the largest whose cache fits --memory_gb, filled but for the new tokens."""
+    positions, memory = max(args.prompts), 1e9 * args.memory_gb
+    blocks, cases = max(2, -(-positions // kernels.BLOCK)), []
+    for contender in contenders:
+        need = blocks * kernels.BLOCK * contender.predicted(1, 1).cache_bytes_per_token
+        if not need <= memory < float("inf"):
+            raise UserError(
+                f"--memory_gb {args.memory_gb:g}: the cache of one sequence of {positions} tokens under "
+                f"{contender.name} needs {human(need, 'B')}; ask for more, or for shorter --prompts"
+            )
+        cases.append((contender, 1, int(memory // need), positions - args.new_tokens - 1))
+    return cases
+
+
+def report(rows: list[dict]) -> str:
+    """Measured figures, and their ratios to the first row of the same context, predicted ones in brackets."""
+    lines = [["", "context", "batch"]]
+    for name in ("cache", "TTFT", "TPOT", "tokens/s"):
+        lines[0] += [name, "ratio (pred.)"]
+    lines[0] += ["of bandwidth"]
+    for row in rows:
+        capacity = row["ttft"] is None
+        base = next(r for r in rows if r["context"] == row["context"] and (r["ttft"] is None) == capacity)
+        cells = [row["name"], str(row["context"]), str(row["batch"])]
+        for key, text in (
+            ("cache_bytes", human(row["cache_bytes"] or 0, "B")),
+            ("ttft", human(row["ttft"] or 0, "s")),
+            ("tpot", f"{1e3 * row['tpot']:.1f} ms"),
+            ("tokens_per_s", f"{row['tokens_per_s']:.1f}"),
+        ):
+            known = row[key] is not None
+            ratios = f"{row[key] / base[key]:.3f} ({row['predicted'][key] / base['predicted'][key]:.3f})" if known else ""
+            cells += [text if known else "", ratios]
+        lines.append(cells + [f"{row['of_bandwidth']:.0%}"])
     return table(lines)
 
 
 def draw(rows: list[dict], path: Path, title: str) -> None:
     """Time to first token and time per token over the length of the prompt, a line per contender."""
-    prompts = sorted({row["prompt"] for row in rows})
+    rows = [row for row in rows if row["ttft"] is not None]
+    prompts = sorted({row["context"] for row in rows})
     with picture(path, columns=2) as axes:
         for i, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
-            own = [row for row in rows if row["name"] == name]
-            x = [row["prompt"] for row in own]
-            line(axes[0], x, [row["ttft"] for row in own], i, name)
-            line(axes[1], x, [1e3 * row["tpot"] for row in own], i, name)
-        for ax, label in zip(axes, ("time to first token, seconds", "time per token, milliseconds")):
+            for ax, key in zip(axes, ("ttft", "tpot")):
+                line(ax, prompts, [row[key] for row in rows if row["name"] == name], i, name)
+        for ax, label in zip(axes, ("time to first token, seconds", "time per token, seconds")):
             ax.set_xscale("log", base=2)
             ax.set_xticks(prompts, [f"{n:,}" for n in prompts])
             ax.set(xlabel="prompt, tokens", ylabel=label)
@@ -263,32 +240,24 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--out_dir", help="a run to measure: its own sizes and plans; results go there")
+    add = parser.add_argument
+    add("--out_dir", help="a run to measure: its own sizes and plans; results go there")
     for name, default in SHAPE.items():
-        parser.add_argument(f"--{name}", type=int, help=f"of random weights, without --out_dir [{default}]")
-    parser.add_argument(
-        "--plans", nargs="+", metavar="SPEC", help=f"the first is the reference [{' '.join(PLANS)}]"
-    )
-    parser.add_argument(
-        "--prompts", nargs="+", type=int, default=[64, 1024, 8192], metavar="N", help="tokens [64 1024 8192]"
-    )
-    parser.add_argument("--new_tokens", type=int, default=16, help="tokens to generate after each [16]")
-    parser.add_argument("--batch", type=int, default=1, help="sequences at once [1]")
-    parser.add_argument("--repeats", type=int, default=3, help="turns [3]")
-    parser.add_argument("--memory_gb", type=float, help="also: throughput at the largest batch that fits")
-    parser.add_argument("--peer", choices=("hf",), help="hf: transformers' model with the same weights")
-    parser.add_argument("--no_compile", action="store_true", help="do not compile")
-    parser.add_argument("--train", action="store_true", help="measure training steps instead")
-    parser.add_argument("--config", help="with --train: a recipe, for example config/demo.toml")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), help="with --train [the recipe's]")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... [auto]")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="[auto]")
+        add(f"--{name}", type=at_least(1), help=f"of random weights, without --out_dir [{default}]")
+    add("--plans", nargs="+", metavar="SPEC", help=f"the first is the reference [{' '.join(PLANS)}]")
+    add("--prompts", nargs="+", type=at_least(1), default=[64, 1024, 8192], help="tokens [64 1024 8192]")
+    add("--new_tokens", type=at_least(2), default=16, help="tokens to generate after each [16]")
+    add("--batch", type=at_least(1), default=1, help="sequences at once [1]")
+    add("--repeats", type=at_least(1), default=3, help="turns [3]")
+    add("--memory_gb", type=float, help="also: throughput at the largest batch that fits")
+    add("--peer", choices=("hf",), help="hf: transformers' model with the same weights")
+    add("--no_compile", action="store_true", help="do not compile")
+    add("--train", action="store_true", help="measure training steps instead")
+    add("--config", help="with --train: a recipe, for example config/demo.toml")
+    add("--optimizer", choices=("adamw", "muon"), help="with --train [the recipe's]")
+    add("--device", default="auto", help="cpu, cuda, ... [auto]")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="[auto]")
     args = parser.parse_args()
-    for name, low in (("new_tokens", 2), ("batch", 1), ("repeats", 1)):
-        if getattr(args, name) < low:
-            raise UserError(f"--{name} {getattr(args, name)} is not valid; it must be {low} or more")
-    if min(args.prompts) < 1:
-        raise UserError(f"--prompts {min(args.prompts)} is not valid; it must be 1 or more")
     args.prompts = sorted(set(args.prompts))
     if (args.config or args.optimizer) and not args.train:
         raise UserError("--config and --optimizer go with --train")
@@ -306,43 +275,11 @@ def make_contenders(args, device: str, dtype: torch.dtype) -> list[Ours]:
         raise UserError(f"--{next(iter(sizes))} is for random weights; {args.out_dir} has its own sizes")
     else:
         model, _ = load_run(args.out_dir)
-        if need > model.config.block_size:
-            raise UserError(
-                f"--prompts {max(args.prompts)} and {args.new_tokens} new tokens do not fit the context of "
-                f"{model.config.block_size} of {args.out_dir}; ask for shorter ones"
-            )
+        model.check_fits(need, model.config.block_size)
     model = model.to(device, dtype).eval()
-    names = args.plans or [p for p in PLANS if model.config.n_layer > 3 or p == "full"]
-    if model.plan.spec != "full" or model.config.key_residual:
-        names = args.plans or [model.plan.spec]
-        if args.peer:
-            added = " with --key_residual" if model.config.key_residual else ""
-            raise UserError(
-                f"--peer hf knows no sharing, and {args.out_dir} was built for {model.plan.spec!r}{added}"
-            )
-    specs = dict.fromkeys(auto_plan(spec, args.out_dir or "") for spec in names)
+    own = PLANS if model.plan.spec == "full" and model.config.n_layer > 3 else [model.plan.spec]
+    specs = dict.fromkeys(auto_plan(spec, args.out_dir or "") for spec in args.plans or own)
     return [Ours(model, spec) for spec in specs]
-
-
-def check_memory(contenders: list[Ours], args, device: str) -> dict[str, int]:
-    """UserError where caches would exceed the device's memory. Returns the batches for --memory_gb."""
-    total, need = device_memory(device), max(args.prompts) + args.new_tokens
-    for contender in contenders:
-        cache = args.batch * need * contender.predicted().cache_bytes_per_token
-        if cache > total:
-            raise UserError(
-                f"--batch {args.batch} of {need} tokens: the cache under {contender.name} needs "
-                f"{human(cache, 'B')}, and {device} has {human(total, 'B')}; ask for less"
-            )
-    if args.memory_gb is None:
-        return {}
-    memory = 1e9 * args.memory_gb
-    if not 0 < memory <= total:
-        have = f"{device} has {human(total, 'B')}"
-        raise UserError(f"--memory_gb {args.memory_gb:g} is not valid; it must be above 0, and {have}")
-    if args.new_tokens > max(args.prompts):
-        raise UserError(f"--memory_gb needs --prompts of {args.new_tokens} or more, as many as --new_tokens")
-    return {contender.name: largest_batch(contender, max(args.prompts), memory) for contender in contenders}
 
 
 def main():
@@ -354,33 +291,27 @@ def main():
     where = device_name(device) + f", {torch.get_num_threads()} threads" * (device == "cpu")
     about = {"device": where, "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__}
     about |= {"compile": not args.no_compile, "command": " ".join(sys.argv)}
+    folder = Path(args.out_dir or "out/bench")
     if args.train:
-        bench_train.measure(args, device, dtype, about)
+        bench_train.measure(args, device, dtype, about, folder / "bench_train.jsonl")
         return
     contenders = make_contenders(args, device, dtype)
-    batches = check_memory(contenders, args, device)
-    peers = [HuggingFace(contenders[0].model)] if args.peer else []
+    everyone = contenders + ([HuggingFace(contenders[0].model)] if args.peer else [])
+    cases = [(contender, prompt, args.batch, 0) for prompt in args.prompts for contender in everyone]
+    if args.memory_gb is not None:
+        cases += at_capacity(contenders, args)
     if not args.no_compile:
         for model in {id(c.model): c.model for c in contenders}.values():
             kernels.compile_decoding(model)
-    start = time.monotonic()
     n_params = sum(p.numel() for p in contenders[0].model.parameters())
     what = f"{human(n_params)} parameters, {about['dtype']}, {where}"
-    print(f"{what}; batch {args.batch}, median of {args.repeats} turns", flush=True)
-    rows = interleaved(contenders + peers, args.prompts, args)
-    reference = contenders[0].name
-    print(f"memory is read at {human(rows[0]['bandwidth'], 'B/s')}; ratios to {reference} (predicted)")
-    print(latency_table(rows, reference))
-    if batches:
-        capacity = at_capacity(contenders, batches, max(args.prompts), args)
-        print(f"\nthe largest batch of {max(args.prompts)} tokens each in {args.memory_gb:g} GB of cache")
-        print(capacity_table(capacity))
-        rows += capacity
-    folder = Path(args.out_dir or "out/bench")
-    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{what}; median of {args.repeats} turns", flush=True)
+    rows = interleaved(contenders, cases, args)
+    print(f"memory is read at {human(rows[0]['bandwidth'], 'B/s')}; ratios to {contenders[0].name} (predicted)")
+    print(report(rows))
+    draw(rows, folder / "bench.png", what)
     write_lines([about | row for row in rows], folder / "bench.jsonl")
-    draw([row for row in rows if "ttft" in row], folder / "bench.png", what)
-    print(f"\nwrote {folder}/bench.jsonl and bench.png in {duration(time.monotonic() - start)}")
+    print(f"wrote {folder}/bench.jsonl and bench.png")
 
 
 if __name__ == "__main__":

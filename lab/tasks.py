@@ -1,5 +1,5 @@
-"""Score the papers' own benchmarks through the package lm-eval, for runs and Hugging Face folders, under
-any plan.
+"""Score the papers' own benchmarks through the package lm-eval, for runs and Hugging Face folders, under any plan:
+tasks that compare log-likelihoods, as ARC, HellaSwag, PIQA, LAMBADA and MMLU do.
 
 python -m lab.tasks --out_dir out/stochastic hf:FOLDER --tasks arc_easy hellaswag --plans full cla:2 auto:0.5
 python -m lab.tasks --out_dir out/stochastic --tasks mine --task_dir folder/of/yaml/files
@@ -7,7 +7,6 @@ python -m lab.tasks --out_dir out/stochastic --tasks mine --task_dir folder/of/y
 Every plan sees the same documents and the same few-shot examples. Results go to tasks.jsonl.
 """
 
-import argparse
 import logging
 import os
 import random
@@ -22,16 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-import cli
 import data
-import kernels
-from cli import Parser, Progress, UserError, first_line, suggest, table, write_lines
-from devices import pick_device
-from hf import load_hf
 from kv_router import Plan
-from model import GPT, SequenceKV
-from runs import load_run
-from sweep import around, auto_plan, choose, run_name
+from model import GPT, KV
+from support import cli
+from support.cli import Parser, Progress, UserError, at_least, first_line, suggest, table, write_lines
+from support.devices import pick_device
+from support.hf import load_hf
+from support.runs import load_run
+from sweep import around, choose, run_name
 
 # --- what lm-eval asks of a model -------------------------------------------------------------------------
 
@@ -50,7 +48,7 @@ def continuations(
     hears which share is done.
 
     Sequences of similar length run together, padded on the right, which causal attention never sees. The
-    (B, T, vocab) logits never exist, only those of some continuation positions at a time."""
+    (B, T, vocab) logits never exist, only those of one sequence's continuations at a time."""
     room, device = model.config.block_size, model.embed.weight.device
     by_input = defaultdict(list)  # input -> the pairs that it answers: choices of one token share theirs
     for i, (context, continuation) in enumerate(pairs):
@@ -64,34 +62,16 @@ def continuations(
         report(start / len(inputs))
         batch = inputs[start : start + batch_size]
         idx = pad_sequence([torch.tensor(row) for row in batch], batch_first=True).to(device)  # (B, T)
-        x = model.hidden(idx, SequenceKV(plan), passes=idx.size(1))  # (B, T, C)
-        asked = [(i, h[: len(row)]) for row, h in zip(batch, x) for i in by_input[row]]
-        sizes = [len(pairs[i][1]) for i, _ in asked]
-        ends = torch.cat([h[-n:] for n, (_, h) in zip(sizes, asked)])  # (N, C)
-        targets = torch.tensor([token for i, _ in asked for token in pairs[i][1]], device=device)  # (N,)
-        losses, hits, rows = [], [], kernels.rows_at_once(model.embed.weight)
-        for h, target in zip(ends.split(rows), targets.split(rows)):
-            logits = model.lm_head(model.norm(h)).float()
-            losses.append(F.cross_entropy(logits, target, reduction="none"))
-            hits.append(logits.argmax(-1) == target)
-        losses, hits = torch.cat(losses).cpu().split(sizes), torch.cat(hits).cpu().split(sizes)
-        for (i, _), loss, hit in zip(asked, losses, hits):
-            results[i] = -float(loss.sum()), bool(hit.all())
+        x = model.hidden(idx, KV(plan), passes=idx.size(1))  # (B, T, C)
+        for row, h in zip(batch, x):
+            longest = max(len(pairs[i][1]) for i in by_input[row])
+            logits = model.head(h[len(row) - longest : len(row)]).float()  # (longest, vocab)
+            for i in by_input[row]:
+                target = torch.tensor(pairs[i][1], device=device)
+                own = logits[-len(target) :]
+                hit = bool((own.argmax(-1) == target).all())
+                results[i] = -float(F.cross_entropy(own, target, reduction="sum")), hit
     return results
-
-
-def greedy_text(model: GPT, plan: Plan, enc, prompt: list[int], n: int, stops: list[str]) -> str:
-    """A greedy continuation: up to the first of the stop strings, the end of text, or n tokens."""
-    idx = torch.tensor([prompt], device=model.embed.weight.device)
-    stream, text = data.TextStream(enc), ""
-    for token in model.stream(idx, n, 0, plan=plan, exact_prefill=plan.cyclic, n_vocab=enc.n_vocab):
-        if token.item() in (enc.eot_token, *model.config.stop_tokens):
-            break
-        text += stream(token.item())
-        if any(stop in text for stop in stops):
-            break
-    text += stream.rest()
-    return min((text.split(stop)[0] for stop in stops), key=len, default=text)
 
 
 def task_model(
@@ -99,9 +79,7 @@ def task_model(
 ):
     """`model` with its tokenizer under `plan`, as lm-eval wants models."""
     from lm_eval.api.model import TemplateLM
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    room = model.config.block_size
     start = getattr(enc, "start", [])  # Llama's BOS, in front of every text
     empty = start or [enc.eot_token]  # the context of a text that has none
 
@@ -118,32 +96,10 @@ def task_model(
             pairs = [(context or empty, continuation) for _, context, continuation in requests]
             return continuations(model, plan, pairs, batch_size, report)
 
-        def loglikelihood_rolling(self, requests, disable_tqdm=True):
-            """Every token of a text is predicted once, the first from what an empty context is, in windows of
-            block_size; as lm-eval defines it, the last window reaches back for a full context."""
-            pairs, owners, totals = [], [], [0.0] * len(requests)
-            for i, request in enumerate(requests):
-                ids = enc.encode_ordinary(request.args[0])
-                for window in get_rolling_token_windows(ids, empty[0], room, 1):
-                    pairs.append(make_disjoint_window(window))
-                    owners.append(i)
-            for i, (value, _) in zip(owners, continuations(model, plan, pairs, batch_size, report)):
-                totals[i] += value
-            return totals
-
         def generate_until(self, requests, disable_tqdm=True):
-            """New text takes half the context at most; the end of the prompt fills the rest."""
-            texts = []
-            for done, (prompt, options) in enumerate(request.args for request in requests):
-                report(done / len(requests))
-                if options.get("do_sample"):
-                    raise UserError("a task asks for sampled text (do_sample), and this decodes greedily")
-                stops = options.get("until") or []
-                stops = [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop]
-                n = min(options.get("max_gen_toks", 256), room // 2)
-                ids = self.tok_encode(prompt)[n - room :] or empty
-                texts.append(greedy_text(model, plan, enc, ids, n, stops))
-            return texts
+            raise UserError("a task asks for generated text, and lab.tasks scores log-likelihoods only")
+
+        loglikelihood_rolling = generate_until
 
     return TaskModel()
 
@@ -223,12 +179,9 @@ def metrics(values: dict) -> list[dict]:
         if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float | np.number):
             continue
         error = values.get(f"{metric}_stderr,{filtered}")
-        rows.append({
-            "metric": metric if filtered == "none" else key,
-            "value": float(value),
-            "stderr": float(error) if isinstance(error, float | np.number) else None,
-            "n": values["sample_len"],
-        })  # fmt: skip
+        error = float(error) if isinstance(error, float | np.number) else None
+        name = metric if filtered == "none" else key
+        rows.append({"metric": name, "value": float(value), "stderr": error, "n": values["sample_len"]})
     return rows
 
 
@@ -254,62 +207,38 @@ def load_with_tokenizers(folders: list[str], device: str) -> tuple[dict[str, GPT
         if not folder.startswith("hf:"):
             model, enc = load_run(path, device)[0], data.load_tokenizer(path)
         else:
-            model, own = (
-                load_hf(path).to(device),
-                path / "tokenizer.tiktoken",
-            )  # which hf.py copies from a run
-            if own.exists():
-                enc = data.encoding(own.name, data.read_ranks(own))
-            else:
-                enc = data.JsonTokenizer(path / "tokenizer.json")
+            model, own = load_hf(path).to(device), path / "tokenizer.tiktoken"
+            # support.hf copies it from a run; a folder from elsewhere has a tokenizer.json.
+            enc = data.open_tokenizer(own.name if own.exists() else "tokenizer.json", path)
         if enc.n_vocab > model.config.vocab_size:
             raise UserError(f"the tokenizer in {path} has more tokens than its model; copy the right one")
         runs[name], encs[name] = model, enc
     return runs, encs
 
 
-def arguments() -> argparse.Namespace:
-    parser = Parser(__doc__)
-    parser.add_argument(
-        "--out_dir", nargs="+", required=True, metavar="RUN", help="runs, or hf:FOLDER with its tokenizer"
-    )
-    parser.add_argument("--tasks", nargs="+", required=True, metavar="NAME", help="lm-eval's tasks")
-    parser.add_argument(
-        "--plans", nargs="+", metavar="SPEC", help="plans to score, as in sweep.py [kept layers, yoco, ...]"
-    )
-    parser.add_argument("--task_dir", help="a folder of yaml files that define further tasks")
-    parser.add_argument("--limit", type=int, help="only the first LIMIT documents of each task [all]")
-    parser.add_argument("--batch_size", type=int, default=16, help="sequences at a time [16]")
-    parser.add_argument(
-        "--save_dir", help="where tasks.jsonl goes [the run's folder, or that around several]"
-    )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... [auto]")
-    args = parser.parse_args()
-    for name in ("limit", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} is not valid; it must be 1 or more")
-    return args
-
-
 def main():
-    args = arguments()
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--out_dir", nargs="+", required=True, metavar="RUN", help="runs, or hf:FOLDER with its tokenizer")
+    add("--tasks", nargs="+", required=True, metavar="NAME", help="lm-eval's tasks")
+    add("--plans", nargs="+", metavar="SPEC", help="as in sweep.py [kept layers, yoco, ...]")
+    add("--task_dir", help="a folder of yaml files that define further tasks")
+    add("--limit", type=at_least(1), help="only the first LIMIT documents of each task [all]")
+    add("--batch_size", type=at_least(1), default=16, help="sequences at a time [16]")
+    add("--save_dir", help="where tasks.jsonl goes [the run's folder, or that around several]")
+    add("--device", default="auto", help="cpu, cuda, ... [auto]")
+    args = parser.parse_args()
     runs, encs = load_with_tokenizers(args.out_dir, pick_device(args.device, many_shapes=True))
-    autos = [spec for spec in args.plans or () if spec.startswith("auto")]
-    specs = args.plans and [spec for spec in args.plans if spec not in autos]
-    found = {}
-    for path, (name, model) in zip(args.out_dir, runs.items()):
-        found[name] = [Plan.parse(auto_plan(spec, path), len(model.plan)) for spec in autos]
-    todo = choose(runs, specs, found)
+    todo = choose(runs, args.out_dir, args.plans)
     tasks = load_tasks(args.tasks, args.task_dir)
     rows = score_tasks(runs, encs, tasks, todo, args.batch_size, args.limit)
     # A group's row stands for its parts, unless these were asked for too.
     scored = {row["task"] for row in rows}
     parts = {part for group, names in tasks["group_map"].items() if group in scored for part in names}
     print(task_table([row for row in rows if row["task"] not in parts - set(args.tasks)]))
-    folder = Path(args.save_dir or around(args.out_dir))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_lines(rows, folder / "tasks.jsonl")
-    print(f"wrote {folder / 'tasks.jsonl'}")
+    path = Path(args.save_dir or around(args.out_dir)) / "tasks.jsonl"
+    write_lines(rows, path)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -4,16 +4,16 @@ model. Its figures themselves are not for tests."""
 import json
 import time
 
+import hf
 import pytest
 import torch
 from conftest import make_model
+from settings import TrainConfig
 
-import hf
 from kv_router import Plan
 from lab import bench
 from lab.bench_train import peak_memory
 from lab.clock import Clock
-from settings import TrainConfig
 from train import make_optimizer
 
 TINY = ["--n_layer", 4, "--n_head", 4, "--n_kv_head", 2, "--n_embd", 32, "--vocab_size", 61, "--no_compile"]

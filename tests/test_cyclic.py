@@ -3,10 +3,10 @@
 import pytest
 import torch
 from conftest import SAID, make_model
+from costs import Shape, costs
 from test_model import CLOSE, cached_logits, reference_logits, tokens
 
 import kernels
-from costs import Shape, costs
 from kv_router import Plan, PlanError
 from model import KVCache
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cli import UserError
 
 import data
-from cli import UserError
 
 TEXTS = [
     "the cat sat on the mat, the cat!\n    def f(x):\n        return x_1 + 123456\n" * 3,

@@ -4,16 +4,16 @@ find what was left on the CPU, what mixes devices, and where the host would have
 import ctypes
 import subprocess
 
+import hf
 import pytest
 import torch
+from settings import TrainConfig
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import hf
 import kernels
 from kv_router import StochasticRouter
 from model import GPT, GPTConfig, KVCache
-from settings import TrainConfig
 from train import make_optimizer
 
 PLANS = ["full", "cla:2", "fusedkv", "fusedkv-lite", "shared-v", "0_1_k1v0+1_k0+1v0"]

@@ -22,22 +22,22 @@ from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
-import pytest
-import torch
-from conftest import FAULTS, ROOT
-from torch._dynamo.exc import BackendCompilerFailed
-
 import cli
-import data
 import hf
+import pytest
 import runs
-import sweep
-import train
+import torch
 from cli import UserError
-from kv_router import Plan, PlanError, StochasticRouter
-from model import GPT
+from conftest import FAULTS, ROOT
 from runs import Signals, load_checkpoint, load_run
 from settings import TrainConfig
+from torch._dynamo.exc import BackendCompilerFailed
+
+import data
+import sweep
+import train
+from kv_router import Plan, PlanError, StochasticRouter
+from model import GPT
 
 pytestmark = pytest.mark.faults
 TINY = {

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cli import UserError
 from conftest import make_model
+from hf import convert, load_hf, read_config, save_hf
 from test_model import tokens
 
-from cli import UserError
-from hf import convert, load_hf, read_config, save_hf
 from kv_router import PlanError
 from model import GPTConfig, KVCache
 

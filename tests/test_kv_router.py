@@ -6,8 +6,8 @@ from statistics import NormalDist
 
 import pytest
 from conftest import ROOT, acyclic_plans
-
 from costs import Shape, costs
+
 from kv_router import Plan, PlanError, Route, StochasticRouter, both_of
 
 

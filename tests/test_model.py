@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch._dynamo
 from conftest import acyclic_plans, make_model
+from costs import costs
 
 import kernels
 import model as model_module
-from costs import costs
 from kv_router import Plan, PlanError, StochasticRouter
 from model import GPT, GPTConfig, KVCache
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model
+from runs import load_run, window_losses
 
 import data
 import lab.studies.__main__ as main
@@ -18,7 +19,6 @@ from lab.studies.report import Claim
 from lab.studies.variants import VARIANTS, BeforeRope, Even, Untied
 from lab.studies.workbench import Workbench, seeded
 from model import GPT, SequenceKV
-from runs import load_run, window_losses
 from sweep import sharing, spread
 
 

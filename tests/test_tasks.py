@@ -8,17 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cli import UserError
 from conftest import make_model
+from hf import save_hf
+from runs import load_run
 from test_train import flags
 
 import data
 import kernels
 import sweep
 import train
-from cli import UserError
-from hf import save_hf
 from lab import tasks
-from runs import load_run
 
 pytest.importorskip("lm_eval")
 

@@ -13,19 +13,19 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import devices
 import pytest
 import torch
+from cli import read_toml
 from conftest import ROOT
+from runs import load_checkpoint, load_run, window_losses
+from settings import TrainConfig
 
 import data
-import devices
 import train
-from cli import read_toml
 from data import Tokens
 from kv_router import Plan, StochasticRouter
 from model import GPT
-from runs import load_checkpoint, load_run, window_losses
-from settings import TrainConfig
 
 SMALL = {
     "n_layer": 4, "n_embd": 32, "n_head": 4, "n_kv_head": 2, "block_size": 32, "batch_size": 8,

@@ -1,9 +1,10 @@
-"""What the scripts share at the command line: one-line errors, settings from TOML and flags, progress,
-tables."""
+"""What the commands share: one-line errors, settings from TOML files and flags, files that are written whole,
+progress, tables."""
 
 import argparse
 import difflib
 import json
+import math
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ import sys
 import time
 import tomllib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import field, fields
 from pathlib import Path
 
@@ -26,8 +27,7 @@ class UserError(ValueError):
 
 def one_line(message: str) -> str:
     """`message` on one line, with words of absurd length cut short."""
-    words = (word if len(word) <= 200 else word[:197] + "..." for word in message.split())
-    return " ".join(words)
+    return " ".join(word if len(word) <= 200 else word[:197] + "..." for word in message.split())
 
 
 def first_line(e: Exception) -> str:
@@ -35,9 +35,9 @@ def first_line(e: Exception) -> str:
     return next(iter(str(e).splitlines()), type(e).__name__)
 
 
-def suggest(word: str, known: Sequence[str]) -> str:
+def suggest(word: str, known: Iterable[str]) -> str:
     """'; did you mean X?' where something known is close to `word`, otherwise ''."""
-    close = difflib.get_close_matches(word, known, n=1)
+    close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -50,7 +50,7 @@ def program() -> str:
 def run(main: Callable[[], None]):
     """Run a script's main(). A user's mistake becomes one line on standard error and exit status 2."""
     script = program()
-    if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a letter must not stop a run
+    if hasattr(sys.stdout, "reconfigure"):  # characters that the terminal cannot print must not stop a run
         sys.stdout.reconfigure(errors="replace")
 
     def fail(message: str):
@@ -88,23 +88,21 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, exit status 2, and flags that may be spelled with `-` for `_`."""
 
     def __init__(self, description: str):
+        formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(
-            prog=program(),
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
+            prog=program(), description=description, formatter_class=formatter, allow_abbrev=False
         )
 
     def parse_args(self) -> argparse.Namespace:
+        known = self._option_string_actions
         words = []
         for word in sys.argv[1:]:
             name, equals, value = word.partition("=")
-            if name.startswith("--"):
-                word = "--" + name[2:].replace("-", "_") + equals + value
-            words.append(word)
+            flag = "--" + name[2:].replace("-", "_")
+            words.append(flag + equals + value if flag in known else word)
         parsed, unknown = self.parse_known_args(words)
         if unknown:
-            close = suggest(unknown[0].partition("=")[0], list(self._option_string_actions))
+            close = suggest(unknown[0].partition("=")[0], known)
             self.error(f"unknown argument {unknown[0]}{close} (--help lists all)")
         return parsed
 
@@ -112,9 +110,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
-def setting(default, help: str, choices: Sequence | None = None):
-    """A dataclass field that is also a flag and a TOML key."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def at_least(low: float) -> Callable[[str], float]:
+    """A type for add_argument: a number of the type of `low` that is no smaller."""
+
+    def number(text: str) -> float:
+        value = type(low)(text)
+        if not value >= low:
+            raise argparse.ArgumentTypeError(f"{text} is not valid; it must be {low} or more")
+        return value
+
+    number.__name__ = type(low).__name__  # for argparse's own message where the text is no number
+    return number
+
+
+def setting(default, help: str, choices: Sequence | None = None, low: float = 0, below: float = 1 << 31):
+    """A dataclass field that is also a flag and a TOML key: one of the choices, or a number from `low` to
+    under `below`."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "below": below})
 
 
 def boolean(text: str) -> bool:
@@ -147,8 +159,7 @@ def given_settings(cls, description: str) -> dict:
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **options)
     flags = vars(parser.parse_args())
     path = flags.pop("config")
-    from_file = read_toml(path, cls) if path else {}
-    return from_file | checked(flags, cls, "the command line")
+    return (read_toml(path, cls) if path else {}) | checked(flags, cls)
 
 
 def read_toml(path: str, cls) -> dict:
@@ -163,28 +174,47 @@ def read_toml(path: str, cls) -> dict:
     return checked(settings, cls, path)
 
 
-def checked(settings: object, cls, where: object) -> dict:
-    """`settings`, read from `where`, after checking that they are fields of dataclass `cls` of the right
-    type."""
+def checked(settings: object, cls, where: object = None) -> dict:
+    """`settings`, from the command line or read from `where`, after checking that they are fields of dataclass
+    `cls`, of the right type, and valid."""
     if not isinstance(settings, dict):
         raise UserError(f"{where} holds no settings")
     known = {f.name: f for f in fields(cls)}
     result = {}
     for key, value in settings.items():
         if key not in known:
-            close = suggest(str(key), list(known))
-            raise UserError(f"{where}: unknown key {key!r}{close} (train.py --help lists all)")
-        kind, choices = known[key].type, known[key].metadata.get("choices")
+            raise UserError(f"{where}: unknown key {key!r}{suggest(str(key), known)} (--help lists all)")
+        name = f"{where}: {key} =" if where else f"--{key}"
+        kind, about = known[key].type, known[key].metadata
         if kind is float and type(value) is int and abs(value) < 1 << 63:
             value = float(value)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, bool | None)):
-            raise UserError(f"{where}: {key} = {value!r} is not a {getattr(kind, '__name__', kind)}")
-        if choices and value not in choices:
-            raise UserError(f"{where}: {key} = {value!r} is not one of {', '.join(map(str, choices))}")
+            raise UserError(f"{name} {value!r} is not a {getattr(kind, '__name__', kind)}")
+        if about.get("choices") and value not in about["choices"]:
+            raise UserError(f"{name} {value!r} is not one of {', '.join(map(str, about['choices']))}")
+        low, below = about.get("low", -math.inf), about.get("below", math.inf)
+        if kind in (int, float) and not low <= value < below:
+            limit = f"below {below}" if value >= below else f"{low} or more"
+            raise UserError(f"{name} {value} is not valid; it must be {limit}")
         if isinstance(value, str) and not value.isprintable():  # no path, plan or device has such characters
-            raise UserError(f"{where}: {key} = {value!r} has characters that cannot be printed")
+            raise UserError(f"{name} {value!r} has characters that cannot be printed")
         result[key] = value
     return result
+
+
+def merged(before: dict, given: dict, free: Iterable[str], where: object) -> dict:
+    """The settings `before`, which `where` holds, with those that are `given` now. Only the `free` ones may
+    differ; UserError for any other."""
+    for name, value in given.items():
+        if name not in before or value == before[name]:
+            continue
+        if name not in free:
+            raise UserError(
+                f"--{name} {value} contradicts {where}, which has {before[name]}; leave it out, or start a "
+                "new run in another --out_dir"
+            )
+        print(f"--{name} {value} in place of {before[name]}")
+    return before | given
 
 
 # --- files ------------------------------------------------------------------------------------------------
@@ -201,6 +231,19 @@ def read_json(path: Path, fix: str) -> dict:
         raise UserError(f"cannot read {path}: {e.strerror}; {fix}") from e
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not JSON or damaged: {first_line(e)}; {fix}") from e
+
+
+def read_lines(path: Path, fix: str) -> list[dict]:
+    """The objects in a .jsonl file. UserError, which names the `fix`, where it is missing or damaged."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("a line is not an object")
+        return rows
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}; {fix}") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is damaged ({first_line(e)}); {fix}") from e
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -223,8 +266,9 @@ def replace_file(path: Path, content: bytes) -> None:
         os.close(folder)
 
 
-def write_lines(rows: Sequence[dict], path: Path) -> None:
+def write_lines(rows: Iterable[dict], path: Path) -> None:
     """A .jsonl file: one JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
@@ -261,15 +305,12 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 class Pace:
     """How fast work has gone lately: over the last few marks, so that a slow start is soon forgotten."""
 
-    def __init__(self, marks: int = 6):
-        self.marks = deque(maxlen=marks)
+    def __init__(self, done: float = 0, marks: int = 6):
+        self.marks = deque([(time.monotonic(), done)], maxlen=marks)
 
-    def mark(self, seconds: float, done: float):
-        self.marks.append((seconds, done))
-
-    @property
-    def rate(self) -> float:
-        """Units of work per second; 0 until it is known."""
+    def mark(self, done: float) -> float:
+        """Note how much is done by now. Returns the units of work per second; 0 until they are known."""
+        self.marks.append((time.monotonic(), done))
         (start, before), (end, after) = self.marks[0], self.marks[-1]
         return (after - before) / (end - start) if end > start else 0.0
 
@@ -283,7 +324,6 @@ class Progress:
         self.start = self.shown = time.monotonic()
         self.live, self.open = sys.stderr.isatty(), False
         self.pace = Pace(marks=100 if self.live else 6)
-        self.pace.mark(self.start, 0)
 
     def __call__(self, done: float, note: str = ""):
         now = time.monotonic()
@@ -291,10 +331,9 @@ class Progress:
         if not finished and now - self.shown < (0.2 if self.live else 10):
             return
         self.shown = now
-        self.pace.mark(now, done)
+        rate = self.pace.mark(done)
         text = f"{self.what} {note}  {duration(now - self.start)}"
         if self.total is not None and not finished:
-            rate = self.pace.rate
             left = duration((self.total - done) / rate) if rate else "?"
             text = f"{self.what} {done / self.total:4.0%} {note}  {left} left"
         end = "\n" if finished or not self.live else ""

@@ -8,7 +8,6 @@ same plans, since these are a function of the seed and the step."""
 import os
 import sys
 import warnings
-from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -17,10 +16,22 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from cli import UserError
+from support.cli import UserError
 
 RANK = int(os.environ.get("RANK", 0))
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def check(batch_size: int, shard: bool) -> None:
+    """UserError for settings that this number of ranks cannot have."""
+    if batch_size % RANKS:
+        raise UserError(
+            f"--batch_size {batch_size} cannot be divided among {RANKS} ranks; give a multiple"
+        )
+    if shard and RANKS == 1:
+        raise UserError(
+            "--shard splits a model over several devices; start it with torchrun, or leave it out"
+        )
 
 
 def join(device: str) -> str:
@@ -39,7 +50,7 @@ def join(device: str) -> str:
 
 
 def leave(status: int = 0) -> None:
-    """Part from the other ranks: ends the process of a rank, and does nothing where there is only one."""
+    """Shut down the process group, and end the process of a rank. Does nothing where there is only one."""
     if RANKS > 1:
         sys.stdout.flush()
         wait_for_all()  # rank 0 may still be saving; torchrun stops it when another has left with a status
@@ -54,40 +65,34 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def on_any_rank(flag: bool, device: str) -> bool:
-    """Whether `flag` is set on any rank; every rank must ask. On a GPU this waits for all work so far."""
+def any_signal(received: int, ask_now: bool, device: str) -> int:
+    """The number of a signal that some rank has received, or 0. All ranks must stop at the same step, and
+    asking them waits for their devices, so several ranks ask only where `ask_now`."""
     if RANKS == 1:
-        return flag
-    raised = torch.tensor(float(flag), device=device)
-    dist.all_reduce(raised, dist.ReduceOp.MAX)
-    return bool(raised)
+        return received
+    if not ask_now:
+        return 0
+    highest = torch.tensor(float(received), device=device)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return int(highest)
 
 
-def average(x: Tensor) -> Tensor:
-    """The mean of all ranks' x."""
-    if RANKS > 1:
-        dist.all_reduce(x)
-        x = x / RANKS
-    return x
-
-
-def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Data parallelism by hand: routing leaves the K and V of some layers without gradients, others at every
-    step, but the same ones on every rank."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+def average(tensors: list[Tensor]) -> None:
+    """Replace each tensor by the mean over all ranks. For gradients this is data parallelism by hand: routing
+    leaves the K and V of some layers without gradients, others at every step, but the same on every rank."""
+    if RANKS == 1:
+        return
+    for work in [dist.all_reduce(x, async_op=True) for x in tensors]:
         work.wait()
-    for gradient in gradients:
-        gradient /= RANKS
+    for x in tensors:
+        x /= RANKS
 
 
 def shard(model: torch.nn.Module, device: str) -> None:
     """FSDP2: every rank keeps a part of each weight, gradient and moment, and gathers a layer's weights while
     that layer runs. Layers move to the device one by one, so that none ever holds the whole model."""
     mesh = init_device_mesh(device.split(":")[0], (RANKS,))
-    warnings.filterwarnings(
-        "ignore", ".*returned a view tensor"
-    )  # `project` returns views that stay unwritten
+    warnings.filterwarnings("ignore", ".*returned a view tensor")  # views of `project` that stay unwritten
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
         register_fsdp_forward_method(block, "project")  # a layer runs in two steps
@@ -95,13 +100,14 @@ def shard(model: torch.nn.Module, device: str) -> None:
     register_fsdp_forward_method(model, "losses")
 
 
-def whole(tree):
-    """A state_dict with whole tensors for sharded ones; every rank must ask."""
-    if isinstance(tree, DTensor):
-        return tree.full_tensor().cpu()
-    if isinstance(tree, dict):
-        return {key: whole(value) for key, value in tree.items()}
-    return [whole(value) for value in tree] if isinstance(tree, list) else tree
+def whole(x: Tensor) -> Tensor:
+    """The whole of a sharded tensor; every rank must ask."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def gathered(tree: dict) -> dict:
+    """A tree of tensors with whole ones on the CPU, one after the other; every rank must ask."""
+    return {k: gathered(v) if isinstance(v, dict) else whole(v).cpu() for k, v in tree.items()}
 
 
 def like(x: Tensor, parameter: Tensor) -> Tensor:

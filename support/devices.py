@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cli import UserError, first_line
+from support.cli import UserError, first_line, human
 
 
 def pick_device(name: str, many_shapes: bool = False) -> str:
@@ -36,25 +36,24 @@ def pick_device(name: str, many_shapes: bool = False) -> str:
     return name
 
 
-def fast_dtype(device: torch.device | str) -> torch.dtype:
-    """bfloat16 where the device multiplies it faster than float32, without emulating it."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = kind == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+def fast_bfloat16(device: str) -> bool:
+    """Whether the device multiplies bfloat16 faster than float32, without emulating it."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     """The dtype of matrix products, and the reason for it."""
     if name in ("float32", "bfloat16"):
-        return getattr(torch, name), "as asked"
+        slow = name == "bfloat16" and not fast_bfloat16(device)
+        return getattr(torch, name), "as asked; float32 is faster here" if slow else "as asked"
     if name != "auto":
         raise UserError(f"dtype {name!r} is not valid; it is auto, float32 or bfloat16")
-    dtype = fast_dtype(device)
     what = device_name(device) if device.startswith("cuda") else f"this {device.upper()}"
-    return dtype, f"{what} has it" if dtype == torch.bfloat16 else f"{what} has no fast bfloat16"
+    if fast_bfloat16(device):
+        return torch.bfloat16, f"{what} has it"
+    return torch.float32, f"{what} has no fast bfloat16"
 
 
 def why_not_compile(device: str) -> str:
@@ -82,7 +81,7 @@ USUAL_FLOPS = {"cpu": 4e10, "cuda": 5e13}  # per thread, per GPU
 
 def pick_compile(asked: bool | None, device: str, flops: float) -> tuple[bool, str]:
     """Whether to compile a training of so many FLOPs, and the reason. By itself it decides from the FLOPs
-    and not from a measurement, so that a run decides alike when it is repeated. UserError where it was
+    and not from a measurement, so that reruns choose the same. UserError where it was
     asked for and the machine cannot."""
     if asked is False:
         return False, "as asked"
@@ -114,6 +113,19 @@ def to_device(x: Tensor, device: str) -> Tensor:
     return x.contiguous().pin_memory().to(device, non_blocking=True)
 
 
+def check_memory(build, bytes_each: int, device: str, n_devices: int = 1) -> None:
+    """UserError where what training keeps of each parameter of the model that `build` makes exceeds the memory
+    of the devices."""
+    with torch.device("meta"):
+        n_params = sum(p.numel() for p in build().parameters())
+    need, have = bytes_each * n_params, device_memory(device) * n_devices
+    if need > have:
+        raise UserError(
+            f"{human(n_params)} parameters need {human(need, 'B')} to train and {device} has "
+            f"{human(have, 'B')}; lower --n_layer or --n_embd"
+        )
+
+
 def device_memory(device: str) -> int:
     """Bytes of memory that the device has in all."""
     if device.startswith("cuda"):
@@ -134,3 +146,32 @@ def matmul_peak(device: str, dtype: torch.dtype) -> float:
         x[0, 0] = (x @ x)[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - began)
     return 2 * n**3 / best
+
+
+class CudaGraph:
+    """The decode step of a model over one cache, recorded once and then replayed, so that the GPU need not
+    wait for Python. A recording never changes its sizes: it takes the position from a tensor of the cache
+    and reads all of its blocks, of which `kernels.decode_attention` masks those not filled yet. It holds no
+    reference to the cache, which holds the graph: in a circle, neither would be freed in time."""
+
+    def __init__(self, step, idx: Tensor, cache):
+        """`step` maps idx (B, 1) and the cache to logits (B, 1, vocab), and reads no Python state that
+        changes."""
+        self.idx = idx.clone()
+        cache.fixed = True  # from here on, all blocks are read
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # compiles, and warms up what must not happen while recording
+                step(self.idx, cache)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = step(self.idx, cache)
+        cache.fixed = False
+
+    def __call__(self, idx: Tensor) -> Tensor:
+        """Logits of the cache's current position, which the next call overwrites."""
+        self.idx.copy_(idx)
+        self.graph.replay()
+        return self.logits

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from cli import replace_file
+from support.cli import replace_file
 
 STYLES = [
     ("o", "-", "#1b5e9b"),

@@ -1,29 +1,26 @@
-"""Hugging Face checkpoint folders in and out (Llama with SmolLM, Mistral, Qwen2, Qwen3), and conversion to
-a plan.
+"""Hugging Face checkpoint folders in and out (Llama with SmolLM, Mistral, Qwen2, Qwen3), and conversion to a plan.
 
-    python hf.py RUN FOLDER                      # write a training run as such a folder
+    python -m support.hf RUN FOLDER              # write a training run as such a folder
     model = load_hf("path/to/SmolLM2-135M")      # config.json and model*.safetensors
     save_hf(model, "path/to/mine")               # a folder that transformers opens
 
-Needs the package safetensors. What a config asks for and this model does not have is refused by name; keys
-that change nothing are passed over. A plan stands in config.json under "nanokv", its gates among the
-weights."""
+Needs the package safetensors. What a config asks for and this model does not have is refused by name; keys that
+change nothing are passed over. A plan stands in config.json under "nanokv", its gates among the weights."""
 
 import json
 import shutil
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import cli
 import data
-from cli import Parser, UserError, checked, read_json, replace_file
 from kv_router import Plan, PlanError
-from model import GPT, GPTConfig, SequenceKV
-from runs import load_run
+from model import GPT, GPTConfig
+from support import cli
+from support.cli import Parser, UserError, checked, read_json, replace_file
+from support.runs import drop_retired, load_run
 
 FAMILIES = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
 SIZES = {  # transformers' name of a setting -> ours
@@ -38,21 +35,19 @@ SIZES = {  # transformers' name of a setting -> ours
     "rms_norm_eps": "norm_eps",
     "tie_word_embeddings": "tie_embeddings",
 }
-OWN = (
-    "plan",
-    "router_lowest",
-    "key_residual",
-    "forward_passes",
-    "backward_passes",
-)  # what a folder of ours adds, under "nanokv"
+OWN = {"plan", "router_lowest", "forward_passes", "backward_passes"}  # what we add, under "nanokv"
+NEUTRAL = {  # what a config may ask for and this model does not have -> the value that asks for nothing
+    "hidden_act": "silu", "partial_rotary_factor": 1.0, "pretraining_tp": 1, "is_causal": True,
+    "attention_bias": False, "mlp_bias": False,
+}  # fmt: skip
+UNREAD = {"qwen2": ("attention_bias", "mlp_bias"), "qwen3": ("mlp_bias",), "mistral": ("attention_bias", "mlp_bias")}
 LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-# Keys that every transformers config can have, and that change nothing in a forward pass.
-COMMON = """architectures dtype torch_dtype transformers_version model_type use_cache return_dict id2label
-    label2id initializer_range attention_dropout bos_token_id eos_token_id pad_token_id _name_or_path
-    max_window_layers output_attentions output_hidden_states is_encoder_decoder problem_type""".split()
-READ = """is_causal original_max_position_embeddings rope_theta rope_scaling rope_parameters layer_types
-    sliding_window use_sliding_window hidden_act attention_bias mlp_bias pretraining_tp partial_rotary_factor
-    quantization_config nanokv""".split()
+# Keys that change nothing here, because they are read elsewhere or ask for nothing.
+SILENT = """architectures dtype torch_dtype transformers_version model_type use_cache return_dict id2label label2id
+    initializer_range attention_dropout bos_token_id eos_token_id pad_token_id _name_or_path max_window_layers
+    output_attentions output_hidden_states is_encoder_decoder problem_type original_max_position_embeddings
+    rope_theta rope_scaling rope_parameters layer_types sliding_window use_sliding_window quantization_config
+    nanokv""".split()
 FETCH = "fetch the checkpoint folder again"
 
 
@@ -73,26 +68,28 @@ def read_config(folder: str | Path, block_size: int | None = None) -> GPTConfig:
         raise UserError(f"{path} lacks {', '.join(name for name, ours in SIZES.items() if ours in missing)}")
     sizes = {"tie_embeddings": False, "n_kv_head": 0, "norm_eps": 1e-6, "block_size": 2048} | sizes
     sizes["block_size"] = min(block_size or sizes["block_size"], sizes["block_size"])
+    if not 0 < sizes["norm_eps"] < 1:
+        raise UserError(f"{path} asks for rms_norm_eps = {sizes['norm_eps']!r}, which no model can have")
     refuse_what_we_lack(hf, family, sizes["block_size"], path)
-    own = checked(hf.get("nanokv", {}), GPTConfig, path)
-    if unknown := set(own) - set(OWN):
-        raise UserError(f"{path}: {min(unknown)!r} under nanokv is not known; valid are {', '.join(OWN)}")
-    rope = read_rope(hf, sizes["norm_eps"], path)
+    own = hf.get("nanokv", {})
+    if isinstance(own, dict):
+        drop_retired(own, path)
+    own = checked(own, GPTConfig, f"{path}, nanokv")
+    if unknown := set(own) - OWN:
+        raise UserError(f"{path}: {min(unknown)!r} under nanokv is not known; valid are {', '.join(sorted(OWN))}")
+    rope = read_rope(hf, path)
     return GPTConfig(**sizes, **FAMILIES[family], **own, **rope, stop_tokens=stop_tokens(Path(folder), hf))
 
 
 def refuse_what_we_lack(hf: dict, family: str, block_size: int, path: Path) -> None:
-    """UserError for a key that transformers' model of this family reads and that asks for more than we
+    """UserError for a key that transformers' model of this family reads, and that asks for more than we
     have."""
 
     def refuse(what: object):
         raise UserError(f"{path} asks for {what}, which this model does not have")
 
-    wanted = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "pretraining_tp": 1, "is_causal": True}
-    biases = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",)}
-    wanted |= dict.fromkeys(biases.get(family, ()), False)
-    for key, value in wanted.items():
-        if hf.get(key) is not None and hf[key] != value:
+    for key, neutral in NEUTRAL.items():
+        if hf.get(key) not in (None, neutral) and key not in UNREAD.get(family, ()):
             refuse(f"{key} = {hf[key]!r}")
     if hf.get("quantization_config"):
         refuse(f"quantization_config = {hf['quantization_config']!r}")
@@ -104,39 +101,37 @@ def refuse_what_we_lack(hf: dict, family: str, block_size: int, path: Path) -> N
     if others := {str(kind) for kind in kinds} - {"full_attention", "sliding_attention"}:
         refuse(f"layers of type {min(others)!r}")
     windowed = "sliding_attention" in kinds or hf.get("use_sliding_window") or family == "mistral"
-    default = 4096 if family == "mistral" else None
-    window = hf.get("sliding_window", default) if windowed else None
+    window = hf.get("sliding_window", 4096 if family == "mistral" else None) if windowed else None
     if window and not isinstance(window, int):
         refuse(f"a sliding window of {window!r} tokens")
     if window and window < block_size:
         refuse(f"a sliding window of {window} tokens (load it with block_size={window} and none is needed)")
 
 
-def read_rope(hf: dict, norm_eps: float, path: Path) -> dict:
+def read_rope(hf: dict, path: Path) -> dict:
     """rope_theta and rope_scaling, in the spelling of new (rope_parameters) or old transformers (the
     others)."""
+    lacking = "which this model does not have"
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise UserError(f"{path} asks for rope scaling {rope!r}, which this model does not have")
-    rope = dict(rope)
-    theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{path} asks for a partial_rotary_factor, which this model does not have")
+        raise UserError(f"{path} asks for rope scaling {rope!r}, {lacking}")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "llama3"):
-        raise UserError(f"{path} asks for rope scaling of type {kind!r}, which this model does not have")
-    if original := hf.get("original_max_position_embeddings"):
-        rope["original_max_position_embeddings"] = original
-    scaling = {name: rope.get(name) for name in LLAMA3_ROPE} if kind == "llama3" else {}
-    if missing := [name for name, value in scaling.items() if value is None]:
-        raise UserError(f"{path} asks for llama3 rope scaling without {', '.join(sorted(missing))}")
-    for name, value in {"rms_norm_eps": norm_eps, "rope_theta": theta, **scaling}.items():
+        raise UserError(f"{path} asks for rope scaling of type {kind!r}, {lacking}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{path} asks for a partial_rotary_factor, {lacking}")
+    numbers = {"rope_theta": rope.get("rope_theta") or hf.get("rope_theta") or 10000.0}
+    if kind == "llama3":
+        original = {"original_max_position_embeddings": hf.get("original_max_position_embeddings")}
+        found = rope | (original if any(original.values()) else {})
+        numbers |= {name: found.get(name) for name in sorted(LLAMA3_ROPE)}
+    for name, value in numbers.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
-            raise UserError(f"{path} asks for {name} = {value!r}, which no model can have")
-    if scaling and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
+            raise UserError(f"{path} asks for {kind} rope with {name} = {value!r}, which no model can have")
+    theta = float(numbers.pop("rope_theta"))
+    if numbers and not numbers["low_freq_factor"] < numbers["high_freq_factor"]:
         raise UserError(f"{path} asks for a high_freq_factor that is not above low_freq_factor")
-    return {"rope_theta": float(theta), "rope_scaling": scaling or None}
+    return {"rope_theta": theta, "rope_scaling": numbers or None}
 
 
 def stop_tokens(folder: Path, hf: dict) -> list[int]:
@@ -147,13 +142,6 @@ def stop_tokens(folder: Path, hf: dict) -> list[int]:
         found.append(read_json(folder / "generation_config.json", FETCH).get("eos_token_id"))
     tokens = [token for ids in found for token in (ids if isinstance(ids, list) else [ids])]
     return sorted({token for token in tokens if isinstance(token, int) and token >= 0})
-
-
-def unknown_keys(folder: Path) -> list[str]:
-    """Keys of config.json that are passed over and that not every config has."""
-    hf = read_json(folder / "config.json", FETCH)
-    known = set(SIZES) | set(COMMON) | set(READ)
-    return sorted(key for key, value in hf.items() if key not in known and value)
 
 
 # --- reading ----------------------------------------------------------------------------------------------
@@ -188,7 +176,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             raise UserError(f"the shard {file} is missing; {FETCH}") from e
         except Exception as e:  # safetensors' own error type, for what is truncated or no safetensors at all
             raise UserError(f"{file} is damaged or no safetensors file ({e}); {FETCH}") from e
-    return tensors
+    return {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def load_hf(folder: str | Path, block_size: int | None = None, dtype: torch.dtype = torch.float32) -> GPT:
@@ -203,10 +191,11 @@ def load_hf(folder: str | Path, block_size: int | None = None, dtype: torch.dtyp
             model = GPT(config)
     except PlanError as e:
         raise UserError(f"{folder}: {e}") from e
-    if passed_over := unknown_keys(folder):
+    known = {*SIZES, *SILENT, *NEUTRAL}
+    keys = read_json(folder / "config.json", FETCH).items()
+    if passed_over := sorted(key for key, value in keys if key not in known and value):
         print(f"{folder / 'config.json'}: passed over {', '.join(passed_over)}")
     tensors = read_tensors(folder)
-    wanted = {hf_name(name): (name, p.shape) for name, p in model.state_dict().items()}
     if config.tie_embeddings:  # some folders store the shared matrix twice
         shared = tensors.get("model.embed_tokens.weight")
         again = tensors.setdefault("lm_head.weight", shared)
@@ -214,21 +203,21 @@ def load_hf(folder: str | Path, block_size: int | None = None, dtype: torch.dtyp
             raise UserError(
                 f"{folder}: lm_head.weight differs, and tie_word_embeddings says that it is shared"
             )
-    tensors = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    wanted = {hf_name(name): (name, p.shape) for name, p in model.state_dict().items()}
     state = {}
     for name in sorted(set(wanted) | set(tensors)):
-        if tensors.get(name) is None:
+        if name not in wanted:
+            raise UserError(f"{folder} has a tensor {name}, which this model does not have")
+        ours, shape = wanted[name]
+        if (tensor := tensors.get(name)) is None:
             tied = " and tie_word_embeddings is false" if name == "lm_head.weight" else ""
             raise UserError(
                 f"{folder} has no tensor {name}, which its config.json asks for{tied}; a shard may be missing"
             )
-        if name not in wanted:
-            raise UserError(f"{folder} has a tensor {name}, which this model does not have")
-        ours, shape = wanted[name]
-        if tensors[name].shape != shape:
-            have, want = tuple(tensors[name].shape), tuple(shape)
+        if tensor.shape != shape:
+            have, want = tuple(tensor.shape), tuple(shape)
             raise UserError(f"{folder}: tensor {name} is {have} and its config.json asks for {want}")
-        state[ours] = tensors[name].to(dtype)
+        state[ours] = tensor.to(dtype)
     model.load_state_dict(state, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.embed.weight
@@ -253,69 +242,41 @@ def hf_name(name: str) -> str:
 # --- conversion to a plan ---------------------------------------------------------------------------------
 
 
-def pretrained(folder: str, plan: str, corpus: Path, block_size: int) -> GPT:
-    """The model in a Hugging Face folder, converted to `plan` on 16 windows of the corpus's training text.
-    UserError where the corpus was not tokenized with the folder's own tokenizer."""
-    model = load_hf(folder, block_size)
-    tokens = data.Tokens(corpus, "train", block_size)
-    own = Path(folder) / "tokenizer.json"
-    again = f"python data.py --tokenizer {own} --name NAME"
-    if tokens.meta["vocab_size"] > model.config.vocab_size:
+def pretrained(folder: str, config: GPTConfig, corpus: Path) -> GPT:
+    """The model in a Hugging Face folder with the context, plan and passes of `config`. UserError where the
+    corpus was not tokenized with the folder's own tokenizer."""
+    model = load_hf(folder, config.block_size)
+    meta = data.read_meta(corpus)
+    again = f"python data.py --tokenizer {Path(folder) / 'tokenizer.json'} --name NAME"
+    if meta["vocab_size"] > model.config.vocab_size:
         raise UserError(
-            f"{corpus} has a vocabulary of {tokens.meta['vocab_size']:,} and {folder} one of "
+            f"{corpus} has a vocabulary of {meta['vocab_size']:,} and {folder} one of "
             f"{model.config.vocab_size:,}; tokenize with the folder's own: {again}"
         )
     for name in ("tokenizer.json", "tokenizer.tiktoken"):
         theirs, ours = Path(folder) / name, corpus / name
         if theirs.exists() and not (ours.exists() and data.sha256(ours) == data.sha256(theirs)):
             raise UserError(
-                f"{corpus} was not tokenized with {theirs}, as the model's text was; "
-                f"make one that is: {again}"
+                f"{corpus} was not tokenized with {theirs}, as the model's text was; make one that is: {again}"
             )
-    if Plan.parse(plan, model.config.n_layer) != model.plan:
-        model = convert(model, plan, [x for x, _ in tokens.held_out(16, 4)])
-    return model
+    return convert(model, config.plan, **{name: getattr(config, name) for name in OWN - {"plan"}})
 
 
 @torch.no_grad()
-def convert(model: GPT, plan: str, calibration: Iterable[Tensor] = ()) -> GPT:
+def convert(model: GPT, plan: str, **changes) -> GPT:
     """A model built for `plan` with the weights of `model`, without the projections that no layer reads any
-    more. PlanError where `model` lacks what the plan reads.
-
-    With `calibration`, batches of token ids (B, T), the gates of fused layers are fitted: those with which
-    the sources' K and V come closest, in least squares, to the K and V that the layer had of its own.
-    Without it they start as in a new model."""
-    new = GPT(replace(model.config, plan=plan)).to(model.embed.weight)
-    model.check_sources(new.plan)
+    more; gates start as in a new model. PlanError where `model` lacks what the plan reads."""
+    plan = Plan.parse(plan, model.config.n_layer)
+    config = replace(model.config, **changes | {"plan": plan.spec})
+    with torch.device(model.embed.weight.device):
+        new = GPT(config).to(model.embed.weight.dtype)
     weights = model.state_dict()
-    new.load_state_dict({name: weights.get(name, p) for name, p in new.state_dict().items()})
-    systems = {}  # (layer, "k" or "v") -> A and b of the normal equations A gate = b
-    for idx in calibration:
-        kv = SequenceKV(model.plan)
-        model.hidden(idx, kv)
-        for i, route in enumerate(new.plan.routes):
-            for kind, sources, stored in (("k", route.k, kv.k), ("v", route.v, kv.v)):
-                if len(sources) > 1 and stored[i] is not None:
-                    A, b = normal_equations([stored[j] for j in sources], stored[i], paired=kind == "k")
-                    old = systems.get((i, kind), (0, 0))
-                    systems[i, kind] = old[0] + A, old[1] + b
-    for (i, kind), (A, b) in systems.items():
-        m = A.size(-1)
-        ridge = 1e-6 * A.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(m).to(A)
-        gate = torch.linalg.solve(A + ridge, b)  # (nkv, d or d/2, m)
-        attn = new.blocks[i].attn
-        (attn.k_gate if kind == "k" else attn.v_gate).copy_(gate.permute(2, 0, 1)[:, :, None])
+    have = {name: p for name, p in new.state_dict().items()}
+    if lacking := [name for name in have if name not in weights and not name.endswith("_gate")]:
+        model.resolve(plan)  # says which layer reads what
+        raise PlanError(f"plan {plan.spec!r} needs {lacking[0]}, which the model does not have")
+    new.load_state_dict({name: weights.get(name, p) for name, p in have.items()})
     return new.eval()
-
-
-def normal_equations(sources: list[Tensor], own: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
-    """For every head and feature, A (nkv, d, m, m) and b (nkv, d, m) of the least-squares fit of `own`, (B,
-    nkv, T, d), on m sources. `paired`: both features of a rotated pair have one gate, so d/2 in place of
-    d."""
-    x, y = torch.stack(sources).double(), own.double()
-    if paired:  # the two halves of a head are further samples for the same gates
-        x, y = (torch.cat(t.chunk(2, dim=-1), dim=-2) for t in (x, y))
-    return torch.einsum("mbhtd,nbhtd->hdmn", x, x), torch.einsum("mbhtd,bhtd->hdm", x, y)
 
 
 # --- writing ----------------------------------------------------------------------------------------------
@@ -347,13 +308,13 @@ def export(model: GPT) -> tuple[dict, dict[str, Tensor]]:
 
 def save_hf(model: GPT, folder: str | Path) -> None:
     """Write a folder that transformers opens (see `export`). With a plan other than `full`, transformers
-    finds no weights for the projections that the plan does without; it knows nothing of the plan, nor of
-    key_residual. `load_hf` does."""
+    finds no weights for the projections that the plan does without; it knows nothing of the plan. `load_hf`
+    does."""
     from safetensors.torch import save
 
     folder = Path(folder)
     config, state = export(model)
-    config["nanokv"] = {name: getattr(model.config, name) for name in OWN} | {"plan": model.plan.spec}
+    config["nanokv"] = {name: getattr(model.config, name) for name in sorted(OWN)} | {"plan": model.plan.spec}
     state = {name: p.cpu().contiguous() for name, p in state.items()}
     if model.config.tie_embeddings:
         del state["lm_head.weight"]
@@ -373,8 +334,6 @@ def main():
         if (tokenizer := Path(args.out_dir) / name).exists():
             shutil.copyfile(tokenizer, Path(args.folder) / name)
     print(f"wrote {args.folder}: {model.config.vocab_size:,} tokens, plan {model.plan.spec}")
-    if model.config.key_residual:
-        print("with --key_residual, which transformers does not have: there its outputs would differ")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,411 @@
+"""A run's folder: checkpoints that survive crashes, a log, a lock; and loading a trained model from one.
+
+ckpt.pt      the last saved step                best.pt      the step with the lowest held-out loss
+config.json  the settings                       run.json     command, commit, versions, device
+log.jsonl    losses, one JSON object a line     meta.json, tokenizer.*  copied from the corpus
+"""
+
+import errno
+import io
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
+
+import numpy as np
+import torch
+
+import data
+from kv_router import Plan
+from model import GPT, GPTConfig, rope_frequencies
+from support import parallel
+from support.cli import Pace, UserError, checked, duration, first_line, replace_file
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock
+    fcntl = None
+
+# --- loading a run ----------------------------------------------------------------------------------------
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint, after its checksums have been verified. Nothing in it is executed: it may hold tensors
+    and plain values only. UserError (one line) says what is wrong with it."""
+    try:
+        with zipfile.ZipFile(path) as file:  # torch.save writes a zip, whose checksums torch.load ignores
+            if sum(entry.file_size for entry in file.infolist()) > path.stat().st_size:
+                raise ValueError("inconsistent zip header")
+            if damaged := file.testzip():
+                raise ValueError(f"the checksum of {damaged} does not match")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        for settings in (checkpoint["config"], checkpoint["model_config"]):
+            drop_retired(settings, path)
+        if not isinstance(checkpoint["step"], int) or not 0 <= checkpoint["step"] < 1 << 31:
+            raise ValueError("no step has such a number")
+        return checkpoint
+    except UserError:
+        raise
+    except Exception as e:  # a damaged file raises errors of many kinds
+        raise UserError(f"{path} cannot be read as a checkpoint of nanokv ({first_line(e)})") from e
+
+
+def drop_retired(settings: dict, where: object) -> None:
+    """Take out what earlier versions wrote and this one does not have. UserError where it mattered."""
+    if settings.pop("key_residual", False):
+        raise UserError(f"{where} has key_residual, which this version does not have; train a new model")
+    settings.pop("sample_interval", None)
+
+
+def find_checkpoint(folder: Path, best: bool = False) -> tuple[Path, dict]:
+    """The newest checkpoint of a run that can be read, or with `best` its best.pt where that can be read.
+    Says so on standard error where another had to be passed over."""
+    found, errors = {}, []
+    for name in ("best.pt", "ckpt.pt") if best else ("ckpt.pt", "best.pt"):
+        path = folder / name
+        if path.exists() and not (best and found):
+            try:
+                found[path] = load_checkpoint(path)
+            except UserError as e:
+                errors.append(str(e))
+    if not found:
+        train_one = f"no checkpoint in {folder}; train one: python train.py --out_dir={folder}"
+        raise UserError(errors[0] if errors else train_one)
+    path = max(found, key=lambda path: found[path]["step"])
+    if not best and not errors and path.name == "best.pt":  # killed after the one and before the other
+        errors = [f"{folder / 'ckpt.pt'} is missing or older"]
+    for error in errors:
+        print(f"{error}; falling back to {path} of step {found[path]['step']}", file=sys.stderr)
+    return path, found[path]
+
+
+def model_from(path: Path, checkpoint: dict) -> GPT:
+    """The model in a checkpoint that was read from `path`."""
+    try:
+        config = GPTConfig(**checked(checkpoint["model_config"], GPTConfig, path))
+        rope_frequencies(config)  # which has settings of its own
+        with torch.device("meta"):
+            model = GPT(config)
+        model.to_empty(device="cpu")  # touches no memory yet: settings in a file could ask for any size
+        model.load_state_dict(checkpoint["model"])
+        if config.tie_embeddings:
+            model.lm_head.weight = model.embed.weight
+    except Exception as e:  # tensors and settings that do not fit each other fail in many ways
+        raise UserError(f"{path} does not hold the model that its settings name ({first_line(e)})") from e
+    return model
+
+
+def load_run(out_dir: str | Path, device: str = "cpu") -> tuple[GPT, SimpleNamespace]:
+    """The model of a training run, from its best checkpoint or where there is none its last, and the settings
+    that it was trained with, by their names in train.TrainConfig. UserError where the folder holds no run."""
+    folder = Path(out_dir)
+    path, checkpoint = find_checkpoint(folder, best=True)
+    if (folder / "meta.json").exists():
+        if data.read_meta(folder)["train"]["sha256"] != checkpoint["corpus"]:
+            raise UserError(f"{folder / 'meta.json'} is not of the corpus that {path} was trained on")
+    config = SimpleNamespace(**checkpoint["config"])
+    if not all(isinstance(getattr(config, name, None), str) for name in ("dataset", "data_dir", "dtype")):
+        raise UserError(f"{path} holds damaged settings; train anew: python train.py --out_dir=NEW")
+    return model_from(path, checkpoint).to(device).eval(), config
+
+
+@torch.no_grad()
+def window_losses(
+    model: GPT,
+    tokens: data.Tokens,
+    n: int,
+    batch_size: int,
+    plan: Plan | Callable[[int], Plan] | None = None,
+    context=nullcontext,
+) -> np.ndarray:
+    """The mean loss of each of n held-out windows, (n,), in nats per token. `plan` may be a function of the
+    batch's number; `context` makes what autocasts."""
+    device, was_training = model.embed.weight.device, model.training
+    model.eval()
+    rows = []
+    for i, (x, y) in enumerate(tokens.held_out(n, batch_size)):
+        with context():
+            losses = model.losses(x.to(device), y.to(device), plan(i) if callable(plan) else plan)
+        rows.append(losses.mean(dim=1).float().cpu().numpy())
+    model.train(was_training)
+    return np.concatenate(rows)
+
+
+# --- a run at work ----------------------------------------------------------------------------------------
+
+
+class Run:
+    """The folder of a run that trains. `start` is this process's first step, `best` the lowest held-out loss
+    so far, `saved` the last step that is in a checkpoint, and `checkpoint` the one that the run goes on from,
+    read from `source`. Only one rank `writes`."""
+
+    def __init__(self, out_dir: str | Path, writes: bool = True):
+        self.folder, self.writes = Path(out_dir), writes
+        self.source: Path | None = None
+        self.checkpoint: dict | None = None
+        self.start, self.best, self.seconds_before = 0, math.inf, 0.0
+        self.saved = self.looked_at = None  # looked_at: a step that an earlier process has evaluated
+        self.lock, self.log_file = None, None
+        self.began, self.pace = time.monotonic(), Pace()
+
+    @property
+    def seconds(self) -> float:
+        """The time spent, by this process and those before it."""
+        return self.seconds_before + time.monotonic() - self.began
+
+    # --- starting ---
+
+    def resume(self) -> dict:
+        """Take the folder and read its newest checkpoint."""
+        if self.folder.exists():
+            self.take_folder()
+        self.source, self.checkpoint = find_checkpoint(self.folder)
+        self.start = self.saved = self.looked_at = self.checkpoint["step"]
+        try:
+            self.best = float(self.checkpoint["best_val_loss"])
+            self.seconds_before = float(self.checkpoint["time"])
+        except (KeyError, TypeError, ValueError) as e:
+            raise UserError(f"{self.source} is not a checkpoint of a training run") from e
+        if self.source.name == "best.pt" and not (self.folder / "ckpt.pt").exists() and self.writes:
+            replace_file(self.folder / "ckpt.pt", self.source.read_bytes())
+        self.pace = Pace(self.start)
+        return self.checkpoint
+
+    def take_folder(self) -> None:
+        if self.writes and self.lock is None:
+            self.lock = lock(self.folder / "run.lock")
+
+    def refuse_used_folder(self) -> None:
+        """UserError where a new run cannot start in the folder, since it holds another."""
+        if any((self.folder / name).exists() for name in ("ckpt.pt", "best.pt")):
+            raise UserError(
+                f"{self.folder} holds a run; continue it: --init_from=resume, or choose another --out_dir"
+            )
+
+    def find_corpus(self, folder: Path) -> int:
+        """See that the corpus is there and intact, and the one that the checkpoint was trained on; a built-in one
+        is made where it is missing. Returns the size of its vocabulary."""
+        if parallel.RANK == 0 and not self.checkpoint and not folder.exists():
+            data.prepare_dataset(folder.name, folder)
+        parallel.wait_for_all()
+        meta = data.verified(folder)
+        self.corpus, self.corpus_sha = folder, meta["train"]["sha256"]
+        if self.checkpoint and self.checkpoint.get("corpus") != self.corpus_sha:
+            raise UserError(
+                f"{folder} is not the corpus that {self.folder} was trained on; use that or a new --out_dir"
+            )
+        return meta["vocab_size"]
+
+    def open(self, settings: dict, about: dict) -> None:
+        """Take the folder, against other runs, and write into it what describes this one."""
+        if self.checkpoint:
+            print(f"resumed after step {self.start}, from {self.source}")
+        self.settings = settings
+        if not self.writes:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.take_folder()
+        if not self.checkpoint:
+            self.refuse_used_folder()  # another run can have filled it since
+        for name in ("meta.json", "tokenizer.tiktoken", "tokenizer.json"):  # to sample without the corpus
+            if (self.corpus / name).exists():
+                replace_file(self.folder / name, (self.corpus / name).read_bytes())
+        about = {"command": shlex.join(sys.argv), "commit": git_commit(), "corpus": self.corpus_sha} | about
+        about |= {"python": platform.python_version(), "torch": torch.__version__}
+        about |= {"threads": torch.get_num_threads(), "ranks": parallel.RANKS}
+        for name, content in (("config.json", settings), ("run.json", about)):
+            replace_file(self.folder / name, (json.dumps(content, indent=1) + "\n").encode())
+        self.open_log(self.folder / "log.jsonl")
+
+    def open_log(self, path: Path) -> None:
+        """A resumed run drops the lines of steps that came after its checkpoint."""
+        kept, damaged = [], 0
+        old = path.read_text(encoding="utf-8", errors="replace") if self.checkpoint and path.exists() else ""
+        for line in old.split("\n"):
+            try:
+                step = json.loads(line)["step"]
+                if type(step) is not int or step < 0:
+                    raise ValueError("no step has such a number")
+                if step <= self.start:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError, RecursionError):
+                damaged += bool(line)  # a killed run can leave half a line
+        if damaged:
+            print(f"{path}: left out {damaged} damaged line(s)")
+        replace_file(path, "".join(kept).encode())
+        self.log_file = open(path, "a", encoding="utf-8")
+
+    def restore(self, model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Load the optimizers' state from the checkpoint, {name of a parameter: {name of a moment: tensor}}."""
+        if not self.checkpoint:
+            return
+        try:
+            saved = self.checkpoint["optimizer"]
+            owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
+            for name, p in model.named_parameters():
+                for moment, t in saved.get(name, {}).items():
+                    if moment != "step" and t.shape != p.shape:
+                        raise ValueError(f"{moment} of {name} has another shape")
+                    t = parallel.like(t, p) if t.shape == p.shape else t
+                    owner[p].state[p][moment] = t.to(p.device)
+            if bool(saved) != bool(self.start) or set(saved) - dict(model.named_parameters()).keys():
+                raise ValueError("it is of an earlier version")
+        except Exception as e:  # whatever a file can hold in place of tensors
+            raise UserError(
+                f"{self.source} does not hold the state of this optimizer ({first_line(e)}); go on from its "
+                "weights: python -m support.hf RUN FOLDER, then --init_from=hf:FOLDER"
+            ) from e
+
+    # --- working ---
+
+    def log(self, step: int, **row) -> None:
+        if not self.writes:
+            return
+        try:
+            self.log_file.write(json.dumps({"step": step} | row | {"time": self.seconds}) + "\n")
+            self.log_file.flush()
+        except OSError as e:
+            self.fail(f"cannot write {self.log_file.name}: {e.strerror}", "fix that and resume")
+
+    def report_look(self, step: int, loss: float, goal: float, bits_per_byte: float, tokens: int) -> None:
+        """A line on the screen and in the log: the held-out loss, and the `goal` by which the best step is
+        chosen where that is another."""
+        row = {"val_loss": loss, "val_bpb": bits_per_byte}
+        text = f"step {step:5}  val {loss:.4f} nats/token  {bits_per_byte:.4f} bits/byte"
+        if goal != loss:
+            row["val_loss_routed"] = goal
+            text += f"  {goal:.4f} over drawn plans"
+        print(text, flush=True)
+        self.log(step, **row, tokens=tokens)
+        if not math.isfinite(goal):
+            self.fail(f"the loss became {goal} by step {step}", "lower --learning_rate")
+
+    def report(self, step: int, losses: list, lr: float, plans: list[str], tokens_per_step: int, left: int):
+        """A line on the screen and in the log. `losses`: loss and gradient norm of the steps since the last
+        report, up to this one; `plans`: what was drawn for them; `left`: the steps to come. Fails where a loss
+        or a norm is not finite, before anything of it is saved."""
+        losses = torch.stack(losses).tolist()  # waits for a GPU
+        for i, pair in enumerate(losses):
+            for name, value in zip(("loss", "gradient norm"), pair):
+                if not math.isfinite(value):
+                    n = len(plans) // len(losses)
+                    plan = f"; plan: {', '.join(plans[i * n : (i + 1) * n])}" if plans else ""
+                    what = f"the {name} became {value} by step {step - len(losses) + i + 1}{plan}"
+                    self.fail(what, "lower --learning_rate")
+        loss, speed = losses[-1][0], self.pace.mark(step) * tokens_per_step
+        row = {"train_loss": loss, "lr": lr, "tokens": step * tokens_per_step, "tokens_per_s": speed}
+        self.log(step, **row, **({"plans": plans} if plans else {}))
+        text = f"step {step:5}  loss {loss:.4f}  lr {lr:.1e}  {speed:,.0f} tokens/s"
+        if speed:  # 0 where the clock has not moved
+            text += f"  {duration(left * tokens_per_step / speed)} left"
+        print(text + (f"  drew {plans[-1]}" if plans else ""), flush=True)
+
+    def save(self, step: int, model: GPT, optimizers: list[torch.optim.Optimizer], goal: float) -> None:
+        """Write ckpt.pt and, where `goal` is the lowest held-out loss so far, best.pt, each next to the old
+        one and then renamed."""
+        names = ("best.pt", "ckpt.pt") if goal < self.best else ("ckpt.pt",)  # a kill between loses no best
+        self.best = min(goal, self.best)
+        moments = {p: moments for o in optimizers for p, moments in o.state.items()}
+        by_name = {name: moments[p] for name, p in model.named_parameters() if p in moments}
+        state = parallel.gathered({"model": model.state_dict(), "optimizer": by_name})  # every rank takes part
+        self.pace = Pace(step)  # which leaves out the time that looking and saving took
+        if not self.writes:
+            return
+        tensors = (t for moments in (state["model"], *state["optimizer"].values()) for t in moments.values())
+        if not all(t.isfinite().all() for t in tensors):
+            self.fail(f"the weights became infinite or nan by step {step}", "lower --learning_rate")
+        about = {"step": step, "best_val_loss": self.best, "time": self.seconds, "corpus": self.corpus_sha}
+        about |= {"config": self.settings, "model_config": vars(model.config)}
+        content = io.BytesIO()
+        torch.save(state | about, content)
+        for name in names:
+            try:
+                replace_file(self.folder / name, content.getbuffer())
+            except OSError as e:
+                what = f"cannot save step {step} to {self.folder / name}: {e.strerror}"
+                self.fail(what, "fix that and resume")
+            self.saved, self.source = step, self.folder / name
+
+    def close(self, stopped: int) -> None:
+        """Say how the run ended, by itself or at the signal of this number, and what can be done next. Ends the
+        process of a rank, and one that was stopped."""
+        if stopped:
+            command = f"python train.py --out_dir={self.folder} --init_from=resume"
+            print(f"stopped and saved after step {self.saved}; go on: {command}")
+            parallel.leave(128 + stopped)
+            sys.exit(128 + stopped)
+        print(f"{self.folder}: {duration(self.seconds)}, best val {self.best:.4f} nats/token")
+        print(f"next: python sweep.py --out_dir {self.folder}; python sample.py --out_dir {self.folder}")
+        parallel.leave()
+
+    def fail(self, what: str, cure: str) -> NoReturn:
+        """UserError, with the checkpoint that the run can go on from."""
+        last = "no checkpoint is there"
+        if self.source and self.source.exists():
+            last = f"the last good checkpoint is {self.source} of step {self.saved}"
+        raise UserError(f"{what}; {last}; {cure}")
+
+
+def lock(path: Path):
+    """Open `path` and hold it against other runs until the process ends, however it ends. UserError where
+    another run holds it. Some file systems have no locks (Lustre and NFS mounts, Windows' shares); there a
+    second run is not noticed, which one line says."""
+    file = open(path, "a")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except (OSError, ImportError) as e:
+        if getattr(e, "errno", None) in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK):
+            raise UserError(f"another run is at work in {path.parent}; choose another --out_dir") from e
+        print(f"{path.parent} cannot be locked ({e}): start no second run in it", file=sys.stderr)
+    return file
+
+
+class Signals:
+    """While it is entered, the first Ctrl-C or `kill` is only noted in `received`, so that the step under way
+    can be finished and saved; pressed again, it quits immediately."""
+
+    def __enter__(self) -> "Signals":
+        self.received = 0
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number: int, frame) -> None:
+        self.received = number
+        for number in self.before:
+            signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nfinishing this step to save it; press again to quit immediately\n")
+
+    def __exit__(self, kind, error, traceback) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.received and error:
+            from torch._dynamo.exc import TorchDynamoException
+
+            if isinstance(error, TorchDynamoException):  # Ctrl-C has also stopped the C++ compiler
+                raise KeyboardInterrupt from None
+
+
+def git_commit() -> str | None:
+    """The commit of this source, with -dirty where it was changed."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        return done.stdout.strip() or None
+    except OSError:
+        return None
