@@ -1,8 +1,8 @@
-"""The tensor functions that sharing changes: RoPE, fusion, attention over own, shared, fused and strictly past
-keys and values, the loss, and what `torch.compile` compiles.
+"""The tensor functions that sharing changes: RoPE, fusion, attention over own, shared, fused and strictly
+past keys and values, the loss, and what `torch.compile` compiles.
 
-Shapes: B sequences; T query positions; S key positions, of which the queries are the last T; nh query heads and
-nkv key/value heads of d features, each KV head serving a group of nh / nkv query heads."""
+Shapes: B sequences; T query positions; S key positions, of which the queries are the last T; nh query heads
+and nkv key/value heads of d features, each KV head serving a group of nh / nkv query heads."""
 
 from functools import partial
 
@@ -58,7 +58,8 @@ def attention(
                 return torch.zeros_like(q)
             after_first = attention(q[:, :, 1:], ks, vs, k_gates, v_gates)
             return F.pad(after_first, (0, 0, 1, 0))  # zeros in front, along T
-    # sharing: with many queries attention is bound by arithmetic, so it is cheapest to fuse the sources first.
+    # sharing: with many queries attention is bound by arithmetic, so it is cheapest to fuse the sources
+    # first.
     k, v = fuse(ks, k_gates), fuse(vs, v_gates)
     (nh, T), (nkv, S) = q.shape[1:3], k.shape[1:3]
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and S == T <= 512:
@@ -125,8 +126,8 @@ def decode_attention(
 
 
 def write(stores: tuple, new: tuple, positions: Tensor) -> None:
-    """Put the `new` keys and values of T positions (T,), each (B, nkv, T, d), into the blocks of a cache, their
-    two `stores`; None where there are none."""
+    """Put the `new` keys and values of T positions (T,), each (B, nkv, T, d), into the blocks of a cache,
+    their two `stores`; None where there are none."""
     (k_store, v_store), (k, v) = stores, new
     block, slot = positions // BLOCK, positions % BLOCK
     if k is not None:
@@ -137,8 +138,8 @@ def write(stores: tuple, new: tuple, positions: Tensor) -> None:
 
 def rows_dot(x: Tensor, rows: Tensor) -> Tensor:
     """Every row of x (..., r, m) times every one of `rows` (..., n, m): (..., r, n). Made for few rows of x,
-    where reading `rows` takes the time: compiled to products and sums it is one loop over `rows`, at the speed
-    of memory, which a matrix product with one or a few rows does not reach."""
+    where reading `rows` takes the time: compiled to products and sums it is one loop over `rows`, at the
+    speed of memory, which a matrix product with one or a few rows does not reach."""
     if not torch.compiler.is_compiling():
         return x.type_as(rows) @ rows.mT
     return torch.stack([(rows * y.unsqueeze(-2)).sum(-1) for y in x.float().unbind(-2)], dim=-2)
@@ -156,8 +157,8 @@ class Linear(torch.nn.Linear):
 
 
 # --- the loss ---------------------------------------------------------------------------------------------
-# The logits of a whole batch, (B, T, vocab), would be its largest tensor by far. So they are computed for some
-# positions at a time and, where there are several such chunks, computed again for their gradient.
+# The logits of a whole batch, (B, T, vocab), would be its largest tensor by far. So they are computed for
+# some positions at a time and, where there are several such chunks, computed again for their gradient.
 
 LOGITS = {"cpu": 1 << 26, "cuda": 1 << 28}  # how many exist at a time: several times 256 MB or 1 GB
 

@@ -330,9 +330,9 @@ class StochasticRouter:
     """Random cross-layer attention (arXiv 2604.22782): the plan that each training step runs under.
 
     `base` is the plan whose routes are drawn from, `lowest` the lowest layer that others are routed to, and
-    `rule` how routes are drawn. `plan` is a pure function of the seed and the step, so a resumed run and every
-    rank of a distributed one draw the same plans. Raises PlanError for a p that is no probability and for a
-    base that iterates or fuses."""
+    `rule` how routes are drawn. `plan` is a pure function of the seed and the step, so a resumed run and
+    every rank of a distributed one draw the same plans. Raises PlanError for a p that is no probability and
+    for a base that iterates or fuses."""
 
     n_layer: int
     p: float

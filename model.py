@@ -1,5 +1,5 @@
-"""The transformer and its KV cache: Llama-shaped (RMSNorm, RoPE, SwiGLU, grouped-query attention), with one path
-through the layers for training, prompts and decoding, under every plan of `kv_router.py`.
+"""The transformer and its KV cache: Llama-shaped (RMSNorm, RoPE, SwiGLU, grouped-query attention), with one
+path through the layers for training, prompts and decoding, under every plan of `kv_router.py`.
 
 Names, and what the papers call them:
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 import kernels
 from kernels import Linear
-from kv_router import Plan, PlanError
+from kv_router import MAX_LAYERS, Plan, PlanError
 
 MAX_CONTEXT = 1 << 20  # tokens; a damaged file must not make us allocate without bound
 PREFILL_CHUNK = 1024  # prompt positions that run through the layers at once, which bounds memory
@@ -64,7 +64,7 @@ class GPTConfig:
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         can_be_zero = ("head_dim", "n_hidden", "router_lowest", "forward_passes")
-        highest = {"block_size": MAX_CONTEXT, "router_lowest": self.n_layer - 1}
+        highest = {"n_layer": MAX_LAYERS, "block_size": MAX_CONTEXT, "router_lowest": self.n_layer - 1}
         for f in fields(self):
             low, high = int(f.name not in can_be_zero), highest.get(f.name, (1 << 31) - 1)
             value = getattr(self, f.name)
@@ -178,9 +178,9 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, q: Tensor, sources: Sources, past_only: bool, seen: Tensor | None = None
     ) -> Tensor:
-        """The layer's output (B, T, C), from its input x, its queries, and the keys and values of its route: of
-        a whole sequence as in `kernels.attention` or, where `seen` says how many positions are filled, blocks
-        of a cache as in `kernels.decode_attention`."""
+        """The layer's output (B, T, C), from its input x, its queries, and the keys and values of its route:
+        of a whole sequence as in `kernels.attention` or, where `seen` says how many positions are filled,
+        blocks of a cache as in `kernels.decode_attention`."""
         x = x + self.attn(q, sources, past_only, seen)
         return x + self.mlp(self.norm2(x))
 
@@ -193,8 +193,9 @@ class Block(nn.Module):
         sources: Sources,
         past_only: bool,
     ) -> Tensor:
-        """Both steps for a single position, x (B, 1, C), over the blocks of a cache, so that they are compiled
-        as one. The layer's own K and V go into its blocks `own` first, where some layer reads them."""
+        """Both steps for a single position, x (B, 1, C), over the blocks of a cache, so that they are
+        compiled as one. The layer's own K and V go into its blocks `own` first, where some layer reads
+        them."""
         q, k, v = self.project(x, rope, True, own[0] is not None, own[1] is not None)
         kernels.write(own, (k, v), position)
         return self(x, q, sources, past_only, position + 1 - int(past_only))
@@ -420,7 +421,7 @@ class GPT(nn.Module):
         return self.layers(self.embed(idx), kv, passes, last_only)
 
     def head(self, x: Tensor) -> Tensor:
-        """Logits (B, T, vocab), from the output of the top layer."""
+        """Logits of one position, (B, 1, vocab), from the output of the top layer."""
         return self.lm_head(self.norm(x))
 
     def forward(
@@ -443,11 +444,12 @@ class GPT(nn.Module):
         if targets is not None or self.resolve(plan or cache.plan) != cache.plan:
             raise ValueError(f"this cache is for generation under plan {cache.plan.spec!r}; make another")
         self.check_fits(cache.length + idx.size(1), min(cache.max_len, self.config.block_size))
-        if idx.size(1) == 1:
-            return self.decode(idx, cache), None
-        for part in idx.split(PREFILL_CHUNK, dim=1):
-            x = self.hidden(part, cache, last_only=True)
-        return self.head(x), None
+        with torch.no_grad():
+            if idx.size(1) == 1:
+                return self.decode(idx, cache), None
+            for part in idx.split(PREFILL_CHUNK, dim=1):
+                x = self.hidden(part, cache, last_only=True)
+            return self.head(x), None
 
     def check_fits(self, n_positions: int, room: int) -> None:
         if n_positions > room:
@@ -465,13 +467,13 @@ class GPT(nn.Module):
         """Logits of every position, (B, T, vocab), for tests and study. A cyclic plan iterates `passes`
         times, by default until it is exact."""
         self.check_fits(idx.size(1), self.config.block_size)
-        return self.head(self.hidden(idx, KV(self.resolve(plan)), passes or idx.size(1)))
+        return self.lm_head(self.norm(self.hidden(idx, KV(self.resolve(plan)), passes or idx.size(1))))
 
     # --- generation ---
 
     def decode(self, idx: Tensor, cache: KVCache) -> Tensor:
-        """One more position, idx (B, 1) -> logits (B, 1, vocab). Compiled for a GPU, the step is recorded once
-        for each cache and then replayed."""
+        """One more position, idx (B, 1) -> logits (B, 1, vocab). Compiled for a GPU, the step is recorded
+        once for each cache and then replayed."""
         cache.extend(1)
         if self.record and cache.graph is None:
             cache.graph = self.record(self.step, idx, cache)
@@ -512,7 +514,6 @@ class GPT(nn.Module):
         self.check_fits(total - 1, cache.max_len)  # the last new token is not fed back
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
 
-        @torch.no_grad()
         def tokens() -> Iterator[Tensor]:
             inputs = idx.split(1, dim=1) if exact_prefill else [idx]
             for _ in range(max_new_tokens):

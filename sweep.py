@@ -23,7 +23,17 @@ import data
 from kv_router import Plan, PlanError
 from model import GPT
 from support import cli
-from support.cli import Parser, Progress, UserError, at_least, human, read_lines, table, write_lines
+from support.cli import (
+    Parser,
+    Progress,
+    UserError,
+    at_least,
+    first_line,
+    human,
+    read_json,
+    table,
+    write_lines,
+)
 from support.costs import costs
 from support.devices import autocast, pick_device, pick_dtype
 from support.plots import STYLES, label_percentages, line, picture
@@ -106,13 +116,14 @@ def auto_plan(spec: str, out_dir: str) -> str:
     search_again = f"python sweep.py --out_dir {out_dir} --search"
     try:
         limit = float(share)
-        rows = read_lines(Path(out_dir) / "search.jsonl", search_again)
+    except ValueError as e:
+        raise UserError(f"plan {spec!r}: {share!r} is not a share of the full cache, for example auto:0.5") from e
+    try:
+        rows = read_json(Path(out_dir) / "search.jsonl", search_again, lines=True)
         found = [(float(r["calibration_loss"]), float(r["cache_ratio"]), str(r["plan"])) for r in rows]
         smallest = min(ratio for _, ratio, _ in found)
-    except UserError as e:
-        raise UserError(f"plan {spec!r} takes one that was searched: {e}") from e
     except (ValueError, KeyError, TypeError, OverflowError) as e:
-        raise UserError(f"plan {spec!r}: auto takes a share, for example auto:0.5, of the plans that were found: {search_again}") from e
+        raise UserError(f"plan {spec!r} takes one that was searched ({first_line(e)}); {search_again}") from e
     fits = [row for row in found if row[1] <= limit]
     if not fits:
         raise UserError(
@@ -243,10 +254,11 @@ def draw_curves(folders: list[str], path: Path) -> None:
     scales = {"step": (1, "steps"), "tokens": (1e6, "tokens, millions"), "time": (60, "time, minutes")}
     with picture(path, columns=3, sharey=True) as axes:
         for i, folder in enumerate(folders):
-            log = read_lines(Path(folder) / "log.jsonl", "--curves takes the folders of runs")
+            log = read_json(Path(folder) / "log.jsonl", "--curves takes the folders of runs", lines=True)
             for ax, (key, (scale, label)) in zip(axes, scales.items()):
                 for loss in ("train_loss", "val_loss"):
-                    rows = [row for row in log if loss in row and row.get("step") and key in row]
+                    known = [row for row in log if all(isinstance(row.get(k), int | float) for k in (loss, key, "step"))]
+                    rows = [row for row in known if row["step"] > 0]
                     x, y = [row[key] / scale for row in rows], [row[loss] for row in rows]
                     if loss == "train_loss":
                         ax.plot(x, y, color=STYLES[i % len(STYLES)][2], linewidth=0.8, alpha=0.3)

@@ -54,7 +54,7 @@ class TrainConfig:
     batch_size: int = setting(16, "sequences per micro-step, on all devices together", low=1)
     gradient_accumulation_steps: int = setting(1, "micro-steps per step", low=1)
     max_iters: int = setting(600, "steps; 0 only evaluates and saves")
-    learning_rate: float = setting(5e-3, "peak learning rate; for adamw 3e-3 is better", below=1e30)
+    learning_rate: float = setting(5e-3, "peak learning rate; for adamw 3e-3 is better")
     min_lr: float = setting(5e-4, "learning rate at the end of the cosine")
     warmup_iters: int = setting(50, "steps of linear warm-up")
     weight_decay: float = setting(0.1, "weight decay, on matrices only")

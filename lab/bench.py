@@ -1,6 +1,6 @@
 """Time to first token (TTFT), time per token (TPOT), throughput and cache memory by plan, each next to what
-`support/costs.py` predicts. The plans take turns, so that a noisy machine is as noisy to all of them, and figures
-are medians over the turns.
+`support/costs.py` predicts. The plans take turns, so that a noisy machine is as noisy to all of them, and
+figures are medians over the turns.
 
 python -m lab.bench                                                # 125M parameters, random weights
 python -m lab.bench --dtype bfloat16 --peer hf --prompts 64 8192   # next to transformers' model
@@ -98,8 +98,8 @@ class HuggingFace:
 
 
 class Clock:
-    """Marks moments, and gives the seconds between them once all are past. On a GPU the marks are CUDA events,
-    so that taking them does not hold up the work."""
+    """Marks moments, and gives the seconds between them once all are past. On a GPU the marks are CUDA
+    events, so that taking them does not hold up the work."""
 
     def __init__(self, device: torch.device):
         self.cuda, self.marks = device.type == "cuda", []
@@ -147,8 +147,8 @@ def measure(contender, idx: Tensor, filled: int, n: int) -> dict:
 
 
 def interleaved(contenders: list, cases: list[tuple], args) -> list[dict]:
-    """One row per case, (contender, prompt, batch, positions that are filled): medians over args.repeats turns.
-    Before each measurement the memory's bandwidth is measured too."""
+    """One row per case, (contender, prompt, batch, positions that are filled): medians over args.repeats
+    turns. Before each measurement the memory's bandwidth is measured too."""
     device, generator = contenders[0].model.embed.weight.device, torch.Generator().manual_seed(0)
     vocab_size, found, speeds = contenders[0].model.config.vocab_size, {case: [] for case in cases}, []
     big = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
@@ -275,7 +275,11 @@ def make_contenders(args, device: str, dtype: torch.dtype) -> list[Ours]:
         raise UserError(f"--{next(iter(sizes))} is for random weights; {args.out_dir} has its own sizes")
     else:
         model, _ = load_run(args.out_dir)
-        model.check_fits(need, model.config.block_size)
+        if need > model.config.block_size:
+            raise UserError(
+                f"--prompts {max(args.prompts)} and {args.new_tokens} new tokens do not fit the context of "
+                f"{model.config.block_size} of {args.out_dir}; ask for shorter ones"
+            )
     model = model.to(device, dtype).eval()
     own = PLANS if model.plan.spec == "full" and model.config.n_layer > 3 else [model.plan.spec]
     specs = dict.fromkeys(auto_plan(spec, args.out_dir or "") for spec in args.plans or own)

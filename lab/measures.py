@@ -1,4 +1,5 @@
-"""What the studies measure of a run within a share of the cache, and the corpora and folders that they start from."""
+"""What the studies measure of a run within a share of the cache, and the corpora and folders that they start
+from."""
 
 import random
 import string
@@ -12,9 +13,8 @@ import torch
 import data
 from kv_router import Plan, PlanError, Route
 from model import GPT
-from support.cli import read_lines
+from support.cli import read_json
 from support.devices import autocast, pick_device, pick_dtype
-from support.hf import save_hf
 from support.runs import load_run, window_losses
 from sweep import sharing, spread
 
@@ -33,17 +33,13 @@ def evenly(n_layer: int, n_kept: int, lowest: int) -> Plan:
 
 def deployments(n_layer: int, share: float, lowest: int = 0) -> list[str]:
     """Ways to spend a share of the cache: keep K and V of evenly spread layers, and let the others read the
-    nearest kept layer below, or its K with V of layer 0; or store V of layer 0 alone, and K of more layers."""
+    nearest kept layer below, or its K with V of layer 0; or store V of layer 0 alone, and K of more
+    layers."""
     kept = evenly(n_layer, max(1, int(n_layer * share)), lowest)
     bottom_v = [r if r.k == (i,) else Route(r.k, (0,)) for i, r in enumerate(kept.routes)]
     n_keys = max(1, min(n_layer, int(2 * n_layer * share) - 1))
     keys_only = [Route(r.k, (0,)) for r in evenly(n_layer, n_keys, lowest).routes]
     return list(dict.fromkeys(p.spec for p in (kept, Plan(tuple(bottom_v)), Plan(tuple(keys_only)))))
-
-
-def few_keys(share: float) -> str:
-    """The last of the `deployments` of eight layers."""
-    return deployments(8, share, lowest=1)[-1]
 
 
 @cache
@@ -89,13 +85,13 @@ def loss(out: Path, share: float | None) -> float | None:
 
 def lowest_loss(out: Path, share: None) -> float:
     """The lowest loss of a run's evaluations after step 0."""
-    rows = read_lines(out / "log.jsonl", "train the run again")
+    rows = read_json(out / "log.jsonl", "train the run again", lines=True)
     return min(row["val_loss"] for row in rows if "val_loss" in row and row["step"])
 
 
 def puzzle(rng: random.Random, n_pairs: int, n_questions: int) -> str:
-    """Multi-query associative recall (Arora et al. 2023), such as aXbYcZbYaXbY: each key with its value, and then
-    some of them again. Only the context says which value belongs to a key."""
+    """Multi-query associative recall (Arora et al. 2023), such as aXbYcZbYaXbY: each key with its value, and
+    then some of them again. Only the context says which value belongs to a key."""
     pairs = [key + rng.choice(VALUES) for key in rng.sample(KEYS, n_pairs)]
     return "".join(pairs + rng.choices(pairs, k=n_questions))
 
@@ -114,13 +110,13 @@ def recall(out: Path, share: float | None, n: int = 100) -> float | None:
     return plan and sum(right) / len(right)
 
 
-# --- what runs start from ---------------------------------------------------------------------------------
+# --- corpora ----------------------------------------------------------------------------------------------
 
 
 def recall_documents(size: int = 1_000_000) -> Iterator[str]:
     """Pieces of Python source, `size` characters in all, each followed by two puzzles. Puzzles alone are not
-    learned in a few million tokens: it takes heads that look at the previous token, for which text is the better
-    teacher."""
+    learned in a few million tokens: it takes heads that look at the previous token, for which text is the
+    better teacher."""
     rng = random.Random(0)
     for path in data.python_corpus():
         text = data.read_text(path)[:size]
@@ -140,10 +136,3 @@ def make_short_corpus() -> None:
     if not Path("data/python-short").exists():
         text = "".join(data.read_text(path) for path in data.python_corpus()[:20])[: 3 << 15]
         data.prepare(Path("data/python-short"), lambda: [text], "bpe:4096", "the first files of python")
-
-
-def export_normal(outs: list[Path]) -> None:
-    """Write trained runs as Hugging Face folders, which is what train.py can start from."""
-    for seed, out in enumerate(outs, 3):
-        if not (folder := Path(f"out/studies/normal-{seed}")).exists():
-            save_hf(load_run(out)[0], folder)

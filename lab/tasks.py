@@ -1,5 +1,5 @@
-"""Score the papers' own benchmarks through the package lm-eval, for runs and Hugging Face folders, under any plan:
-tasks that compare log-likelihoods, as ARC, HellaSwag, PIQA, LAMBADA and MMLU do.
+"""Score the papers' own benchmarks through the package lm-eval, for runs and Hugging Face folders, under any
+plan: tasks that compare log-likelihoods, as ARC, HellaSwag, PIQA, LAMBADA and MMLU do.
 
 python -m lab.tasks --out_dir out/stochastic hf:FOLDER --tasks arc_easy hellaswag --plans full cla:2 auto:0.5
 python -m lab.tasks --out_dir out/stochastic --tasks mine --task_dir folder/of/yaml/files

@@ -110,33 +110,25 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
-def at_least(low: float) -> Callable[[str], float]:
-    """A type for add_argument: a number of the type of `low` that is no smaller."""
+def at_least(low: float, below: float = 1 << 31) -> Callable[[str], float]:
+    """A type for add_argument: a number of the type of `low`, from `low` to under `below`."""
 
     def number(text: str) -> float:
         value = type(low)(text)
-        if not value >= low:
-            raise argparse.ArgumentTypeError(f"{text} is not valid; it must be {low} or more")
+        if not low <= value < below:
+            limit = f"below {below}" if value >= below else f"{low} or more"
+            raise argparse.ArgumentTypeError(f"{text} is not valid; it must be {limit}")
         return value
 
     number.__name__ = type(low).__name__  # for argparse's own message where the text is no number
     return number
 
 
-def setting(default, help: str, choices: Sequence | None = None, low: float = 0, below: float = 1 << 31):
+def setting(default, help: str, choices: Sequence | None = None, low: float = 0, below: float | None = None):
     """A dataclass field that is also a flag and a TOML key: one of the choices, or a number from `low` to
-    under `below`."""
+    under `below`, by default 2**31 or 1e30."""
+    below = below or (1 << 31 if isinstance(default, int) else 1e30)
     return field(default=default, metadata={"help": help, "choices": choices, "low": low, "below": below})
-
-
-def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
-
-
-def boolean_or_auto(text: str) -> bool | None:
-    return None if text.lower() == "auto" else boolean(text)
 
 
 def given_settings(cls, description: str) -> dict:
@@ -145,21 +137,27 @@ def given_settings(cls, description: str) -> dict:
     parser = Parser(description)
     parser.usage = "%(prog)s [config/x.toml] [--key=value ...]"
     parser.add_argument("config", nargs="?", help="a TOML file of settings, for example config/demo.toml")
+    kinds = {f.name: f.type for f in fields(cls)}
     for f in fields(cls):
         default = "auto" if f.default is None else f.default
-        options = {"help": f"{f.metadata['help']} [{default}]".replace("%", "%%")}
-        options["choices"] = f.metadata["choices"]
+        options = {"help": f"{f.metadata['help']} [{default}]".replace("%", "%%"), "metavar": "VALUE"}
         if f.type in (bool, bool | None):  # --compile alone means --compile=true
-            kind = boolean if f.type is bool else boolean_or_auto
-            options |= {"type": kind, "nargs": "?", "const": True, "metavar": "BOOL"}
-        else:
-            options["type"] = f.type
-            if not options["choices"]:
-                options["metavar"] = f.type.__name__.upper()
+            options |= {"nargs": "?", "const": "true"}
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **options)
     flags = vars(parser.parse_args())
     path = flags.pop("config")
+    flags = {name: converted(text, kinds[name]) for name, text in flags.items()}
     return (read_toml(path, cls) if path else {}) | checked(flags, cls)
+
+
+def converted(text: str, kind) -> object:
+    """The value of a flag, or its text where that is none; `checked` says what is wrong with it."""
+    if kind in (bool, bool | None):
+        return {"true": True, "false": False}.get(text.lower(), text)
+    try:
+        return kind(text)
+    except ValueError:
+        return text
 
 
 def read_toml(path: str, cls) -> dict:
@@ -174,9 +172,13 @@ def read_toml(path: str, cls) -> dict:
     return checked(settings, cls, path)
 
 
+KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+KINDS[bool | None] = "true, false or auto"
+
+
 def checked(settings: object, cls, where: object = None) -> dict:
-    """`settings`, from the command line or read from `where`, after checking that they are fields of dataclass
-    `cls`, of the right type, and valid."""
+    """`settings`, from the command line or read from `where`, after checking that they are fields of
+    dataclass `cls`, of the right type, and valid."""
     if not isinstance(settings, dict):
         raise UserError(f"{where} holds no settings")
     known = {f.name: f for f in fields(cls)}
@@ -188,8 +190,10 @@ def checked(settings: object, cls, where: object = None) -> dict:
         kind, about = known[key].type, known[key].metadata
         if kind is float and type(value) is int and abs(value) < 1 << 63:
             value = float(value)
+        if kind == bool | None and value == "auto":
+            value = None
         if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, bool | None)):
-            raise UserError(f"{name} {value!r} is not a {getattr(kind, '__name__', kind)}")
+            raise UserError(f"{name} {value!r} is not {KINDS.get(kind, f'a {kind}')}")
         if about.get("choices") and value not in about["choices"]:
             raise UserError(f"{name} {value!r} is not one of {', '.join(map(str, about['choices']))}")
         low, below = about.get("low", -math.inf), about.get("below", math.inf)
@@ -220,30 +224,19 @@ def merged(before: dict, given: dict, free: Iterable[str], where: object) -> dic
 # --- files ------------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path, fix: str) -> dict:
-    """The JSON object in a file. UserError, which names the `fix`, where the file is missing or damaged."""
+def read_json(path: Path, fix: str, lines: bool = False) -> dict | list[dict]:
+    """The JSON object in a file, or with `lines` one in every line. UserError, which names the `fix`, where
+    the file is missing or damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
+        text = path.read_text(encoding="utf-8")
+        found = [json.loads(part) for part in (text.splitlines() if lines else [text])]
+        if not all(isinstance(value, dict) for value in found):
             raise ValueError("not an object")
-        return value
+        return found if lines else found[0]
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}; {fix}") from e
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not JSON or damaged: {first_line(e)}; {fix}") from e
-
-
-def read_lines(path: Path, fix: str) -> list[dict]:
-    """The objects in a .jsonl file. UserError, which names the `fix`, where it is missing or damaged."""
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError("a line is not an object")
-        return rows
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}; {fix}") from e
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is damaged ({first_line(e)}); {fix}") from e
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -320,28 +313,22 @@ class Progress:
     place, in a log file a new one is written every ten seconds."""
 
     def __init__(self, what: str, total: float | None = None):
-        self.what, self.total = what, total
-        self.start = self.shown = time.monotonic()
-        self.live, self.open = sys.stderr.isatty(), False
+        self.what, self.total, self.shown = what, total, time.monotonic()
+        self.live = sys.stderr.isatty()
         self.pace = Pace(marks=100 if self.live else 6)
 
     def __call__(self, done: float, note: str = ""):
         now = time.monotonic()
-        finished = self.total is not None and done >= self.total
-        if not finished and now - self.shown < (0.2 if self.live else 10):
+        if now - self.shown < (0.2 if self.live else 10):
             return
-        self.shown = now
-        rate = self.pace.mark(done)
-        text = f"{self.what} {note}  {duration(now - self.start)}"
-        if self.total is not None and not finished:
-            left = duration((self.total - done) / rate) if rate else "?"
-            text = f"{self.what} {done / self.total:4.0%} {note}  {left} left"
-        end = "\n" if finished or not self.live else ""
-        self.open = not end
-        print(f"\r{text:<78}" if self.live else text, end=end, file=sys.stderr, flush=True)
+        self.shown, rate = now, self.pace.mark(done)
+        text = f"{self.what} {note}"
+        if self.total:
+            left = duration(max(0, self.total - done) / rate) if rate else "?"
+            text = f"{self.what} {min(1, done / self.total):4.0%} {note}  {left} left"
+        print(f"\r{text:<78}" if self.live else text, end="" if self.live else "\n", file=sys.stderr, flush=True)
 
     def close(self):
-        """End a line that is still open, so that what comes next starts on its own."""
-        if self.open:
-            print(file=sys.stderr, flush=True)
-        self.open = False
+        """Take the line away, so that what comes next starts on its own."""
+        if self.live:
+            print("\r" + " " * 78 + "\r", end="", file=sys.stderr, flush=True)

@@ -1,5 +1,5 @@
-"""What a plan costs: cache, parameters, bytes read per decode step, and FLOPs of prefill and training; and how
-a plan is drawn.
+"""What a plan costs: cache, parameters, bytes read per decode step, and FLOPs of prefill and training; and
+how a plan is drawn.
 
     python kv_router.py fusedkv --n_layer 8 --n_embd 512 --context 32768
 
@@ -82,8 +82,9 @@ def costs(plan: Plan, config, context: int = 8192, batch: int = 1, bytes_per_val
 
 
 def draw(plan: Plan) -> str:
-    """A row for every layer, the bottom one last, and a column for every source layer. `KV` marks a layer that
-    reads its own, `kv` one that reads another's, and `k` or `v` where only keys or values come from there."""
+    """A row for every layer, the bottom one last, and a column for every source layer. `KV` marks a layer
+    that reads its own, `kv` one that reads another's, and `k` or `v` where only keys or values come from
+    there."""
     width = max(3, len(str(len(plan) - 1)) + 1)
     columns = "".join(f"{j:>{width}}" for j in range(len(plan)))
     lines = [f"layer reads from{columns}   stores"]

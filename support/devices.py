@@ -114,8 +114,8 @@ def to_device(x: Tensor, device: str) -> Tensor:
 
 
 def check_memory(build, bytes_each: int, device: str, n_devices: int = 1) -> None:
-    """UserError where what training keeps of each parameter of the model that `build` makes exceeds the memory
-    of the devices."""
+    """UserError where what training keeps of each parameter of the model that `build` makes exceeds the
+    memory of the devices."""
     with torch.device("meta"):
         n_params = sum(p.numel() for p in build().parameters())
     need, have = bytes_each * n_params, device_memory(device) * n_devices

@@ -1,11 +1,13 @@
-"""Hugging Face checkpoint folders in and out (Llama with SmolLM, Mistral, Qwen2, Qwen3), and conversion to a plan.
+"""Hugging Face checkpoint folders in and out (Llama with SmolLM, Mistral, Qwen2, Qwen3), and conversion to a
+plan.
 
     python -m support.hf RUN FOLDER              # write a training run as such a folder
     model = load_hf("path/to/SmolLM2-135M")      # config.json and model*.safetensors
     save_hf(model, "path/to/mine")               # a folder that transformers opens
 
-Needs the package safetensors. What a config asks for and this model does not have is refused by name; keys that
-change nothing are passed over. A plan stands in config.json under "nanokv", its gates among the weights."""
+Needs the package safetensors. What a config asks for and this model does not have is refused by name; keys
+that change nothing are passed over. A plan stands in config.json under "nanokv", its gates among the
+weights."""
 
 import json
 import shutil

@@ -54,6 +54,8 @@ def load_checkpoint(path: Path) -> dict:
             drop_retired(settings, path)
         if not isinstance(checkpoint["step"], int) or not 0 <= checkpoint["step"] < 1 << 31:
             raise ValueError("no step has such a number")
+        if not all(isinstance(name, str) for name in checkpoint["config"]):
+            raise ValueError("its settings have no names")
         return checkpoint
     except UserError:
         raise
@@ -95,6 +97,8 @@ def model_from(path: Path, checkpoint: dict) -> GPT:
     try:
         config = GPTConfig(**checked(checkpoint["model_config"], GPTConfig, path))
         rope_frequencies(config)  # which has settings of its own
+        if not all(type(token) is int for token in config.stop_tokens):
+            raise ValueError("its stop_tokens are no tokens")
         with torch.device("meta"):
             model = GPT(config)
         model.to_empty(device="cpu")  # touches no memory yet: settings in a file could ask for any size
@@ -177,7 +181,7 @@ class Run:
             self.seconds_before = float(self.checkpoint["time"])
         except (KeyError, TypeError, ValueError) as e:
             raise UserError(f"{self.source} is not a checkpoint of a training run") from e
-        if self.source.name == "best.pt" and not (self.folder / "ckpt.pt").exists() and self.writes:
+        if self.source.name == "best.pt" and self.writes:  # ckpt.pt is missing, older or damaged
             replace_file(self.folder / "ckpt.pt", self.source.read_bytes())
         self.pace = Pace(self.start)
         return self.checkpoint
@@ -194,8 +198,8 @@ class Run:
             )
 
     def find_corpus(self, folder: Path) -> int:
-        """See that the corpus is there and intact, and the one that the checkpoint was trained on; a built-in one
-        is made where it is missing. Returns the size of its vocabulary."""
+        """See that the corpus is there and intact, and the one that the checkpoint was trained on; a built-in
+        one is made where it is missing. Returns the size of its vocabulary."""
         if parallel.RANK == 0 and not self.checkpoint and not folder.exists():
             data.prepare_dataset(folder.name, folder)
         parallel.wait_for_all()
@@ -247,7 +251,8 @@ class Run:
         self.log_file = open(path, "a", encoding="utf-8")
 
     def restore(self, model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
-        """Load the optimizers' state from the checkpoint, {name of a parameter: {name of a moment: tensor}}."""
+        """Load the optimizers' state from the checkpoint, {name of a parameter: {name of a moment:
+        tensor}}."""
         if not self.checkpoint:
             return
         try:
@@ -293,8 +298,8 @@ class Run:
 
     def report(self, step: int, losses: list, lr: float, plans: list[str], tokens_per_step: int, left: int):
         """A line on the screen and in the log. `losses`: loss and gradient norm of the steps since the last
-        report, up to this one; `plans`: what was drawn for them; `left`: the steps to come. Fails where a loss
-        or a norm is not finite, before anything of it is saved."""
+        report, up to this one; `plans`: what was drawn for them; `left`: the steps to come. Fails where a
+        loss or a norm is not finite, before anything of it is saved."""
         losses = torch.stack(losses).tolist()  # waits for a GPU
         for i, pair in enumerate(losses):
             for name, value in zip(("loss", "gradient norm"), pair):
@@ -338,8 +343,8 @@ class Run:
             self.saved, self.source = step, self.folder / name
 
     def close(self, stopped: int) -> None:
-        """Say how the run ended, by itself or at the signal of this number, and what can be done next. Ends the
-        process of a rank, and one that was stopped."""
+        """Say how the run ended, by itself or at the signal of this number, and what can be done next. Ends
+        the process of a rank, and one that was stopped."""
         if stopped:
             command = f"python train.py --out_dir={self.folder} --init_from=resume"
             print(f"stopped and saved after step {self.saved}; go on: {command}")

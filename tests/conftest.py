@@ -14,6 +14,7 @@ import torch
 import data
 from kv_router import Plan
 from model import GPT, GPTConfig
+from support import cli
 
 FAULTS = {}  # kind of fault -> what came of it -> how often; test_faults.py fills it
 SAID = []  # lines to be read at the end
@@ -84,9 +85,8 @@ def script(monkeypatch, capsys):
 
     def call(name: str, *args) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-        name = "costs" if name == "kv_router.py" else name.removesuffix(".py").replace("/", ".")
-        module, status = importlib.import_module(name), 0
-        cli = importlib.import_module("cli")
+        name = "support/costs.py" if name == "kv_router.py" else name
+        module, status = importlib.import_module(name.removesuffix(".py").replace("/", ".")), 0
         try:
             cli.run(module.main)
         except SystemExit as e:
@@ -109,8 +109,7 @@ def refused(script):
             if not re.match(r"\r?(scoring|tokenizing|learning merges) ", line)
         ]
         assert status == 2 and len(lines) == 1, (status, err)
-        shown = name.removesuffix("/__main__.py")
-        assert lines[0].startswith(f"{Path(shown).name}: error: ")
+        assert lines[0].startswith(f"{Path(name).name}: error: ")
         return lines[0]
 
     return call

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from conftest import SAID, make_model
-from costs import Shape, costs
 from test_model import CLOSE, cached_logits, reference_logits, tokens
 
 import kernels
 from kv_router import Plan, PlanError
-from model import KVCache
+from model import GPTConfig, KVCache
+from support.costs import costs
 
 NINE = [f"{a}-{b}" for a in ("pizza", "sandwich", "lasagna") for b in ("bottom", "middle", "top")]
 SIZES = [(3, 1), (4, 2), (6, 3), (7, 4), (5, 5)]  # layers, KV layers
@@ -165,22 +165,14 @@ def test_passes_without_gradient_are_constants():
 
 
 @torch.no_grad()
-def test_prefill_says_how_it_ended():
+def test_a_prompt_fed_token_by_token_is_exact_whatever_the_passes():
     idx = tokens(1, 20)
-    for forward_passes, settled in ((0, False), (30, True)):
-        model = make_model("sandwich-top:2", forward_passes=forward_passes, backward_passes=1)
-        cache = KVCache(model.config, model.plan, 1, 30)
-        model(idx, cache=cache)
-        assert (cache.change < 1e-6) == settled and (cache.passes < 20 if settled else cache.passes == 1)
-        model(idx[:, :1], cache=cache)
-        assert cache.length == 21
-    few = make_model("sandwich-top:2", forward_passes=0, backward_passes=1)
-    exact = reference_logits(few, torch.cat((idx, idx[:, :1]), dim=1)[0].tolist(), few.plan)
+    model = make_model("sandwich-top:2", forward_passes=0, backward_passes=1)
+    exact = reference_logits(model, torch.cat((idx, idx[:, :1]), dim=1)[0].tolist(), model.plan)
     for exact_prefill in (False, True):
-        column = next(few.stream(idx, 1, temperature=0, exact_prefill=exact_prefill))
-        cache = KVCache(few.config, few.plan, 1, 21)
-        list(few.stream(idx, 1, temperature=0, exact_prefill=exact_prefill, cache=cache))
-        last = few(idx[:, :1], cache=cache)[0][0, 0]
+        cache = KVCache(model.config, model.plan, 1, 21)
+        (column,) = model.stream(idx, 1, temperature=0, exact_prefill=exact_prefill, cache=cache)
+        last = model(idx[:, :1], cache=cache)[0][0, 0]
         assert torch.allclose(last, exact[-1], **CLOSE) == exact_prefill
         if exact_prefill:
             assert column.item() == exact[19].argmax()
@@ -198,7 +190,6 @@ def test_a_prompt_no_longer_than_the_passes_is_exact(spec):
             got = model(idx, cache=cache)[0][:, 0]
             expected = [reference_logits(model, row.tolist(), model.plan)[-1] for row in idx]
             torch.testing.assert_close(got, torch.stack(expected), **CLOSE)
-            assert cache.change == 0 and cache.passes <= T
 
 
 def test_training_updates_every_parameter():
@@ -220,24 +211,16 @@ def test_a_full_model_runs_under_cyclic_plans(spec):
 
 
 def test_costs_multiply_by_the_passes():
-    shape = Shape(n_layer=6, forward_passes=3, backward_passes=2)
-    once = Shape(n_layer=6, forward_passes=0, backward_passes=1)
+    shape = GPTConfig(n_layer=6, forward_passes=3, backward_passes=2)
+    once = GPTConfig(n_layer=6, forward_passes=0, backward_passes=1)
     for spec in ("pizza-top:3", "lasagna-top:2", "sandwich-top:2"):
         plan = Plan.parse(spec, 6)
         a, b = costs(plan, shape, context=64), costs(plan, once, context=64)
         assert a.decode_bytes == b.decode_bytes and a.params == b.params
         assert 1.3 < a.prefill_flops / b.prefill_flops < 5 and 1.3 < a.train_flops / b.train_flops < 3
     top = Plan.parse("lasagna-top:1", 2)  # layer 0 and layer 1's KV run every pass, the rest of layer 1 once
-    s = Shape(
-        n_layer=2,
-        vocab_size=1,
-        n_head=1,
-        n_kv_head=1,
-        n_embd=2,
-        n_hidden=1,
-        forward_passes=3,
-        backward_passes=2,
-    )
+    sizes = {"vocab_size": 1, "n_layer": 2, "n_head": 1, "n_kv_head": 1, "n_embd": 2, "n_hidden": 1}
+    s = GPTConfig(**sizes, forward_passes=3, backward_passes=2)
     kv, rest, attend = 2 * 2 * 2 * 2, 2 * (2 * 2 * 2 + 3 * 2), 4 * 2 * 55
     assert (
         costs(top, s, context=10).train_flops
@@ -251,9 +234,5 @@ def test_mistakes():
         Plan.parse("sandwich-top:0", 6)
     with pytest.raises(PlanError, match="number of KV layers '7'"):
         Plan.parse("pizza-middle:7", 6)
-    with pytest.raises(
-        PlanError, match="layer 0 reads K of layer 3, which this model, built for 'full'|does not compute"
-    ):
+    with pytest.raises(PlanError, match=r"layer 0 reads K of layer 3; it has K of layers \(0, 1\)"):
         make_model("pizza-bottom:2").logits(tokens(1, 4), "3_1_1_1")
-    with pytest.raises(ValueError, match="passes 0 is not valid"):
-        make_model("pizza-top:2").logits(tokens(1, 4), passes=0)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli import UserError
 
 import data
+from support.cli import UserError
 
 TEXTS = [
     "the cat sat on the mat, the cat!\n    def f(x):\n        return x_1 + 123456\n" * 3,
@@ -206,26 +206,6 @@ def test_a_folder_with_pictures_among_the_texts(tmp_path, script, refused):
     assert "no file below" in refused("data.py", *flags, "--glob", "*.md")
     assert "7 of 7 files" in refused("data.py", *flags, "--glob", "*.png")
     assert sorted(os.listdir(tmp_path / "data")) == ["x"]
-
-
-def test_empty_files_and_windows_line_ends_are_mentioned(tmp_path, script):
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    text = "one line\r\nanother\r\n" * 20
-    for i in range(3):
-        (folder / f"{i}.txt").write_bytes(text.encode())
-    (folder / "unix.txt").write_text("one line\nanother\n" * 20)
-    meta, out = make_corpus(script, folder)
-    assert "(CRLF), which stay as they are: in 3 of 4 files" in out
-    assert "empty:" not in out and "left out" not in out
-    stored = b"".join((tmp_path / "data" / "x" / f"{s}.bin").read_bytes() for s in ("train", "val"))
-    ids = np.frombuffer(stored, "<u2").tolist()
-    assert data.load_tokenizer(tmp_path / "data" / "x").decode(ids).count("\r\n") == 3 * 40
-    for i in range(2):
-        (folder / f"empty{i}.txt").write_bytes(b"")
-    again, out = make_corpus(script, folder)
-    assert "empty: 2 of" in out and "left out" not in out
-    assert again["train"]["bytes"] + again["val"]["bytes"] == 3 * len(text) + 17 * 20
 
 
 def byte_level_tokenizer():

@@ -4,17 +4,17 @@ find what was left on the CPU, what mixes devices, and where the host would have
 import ctypes
 import subprocess
 
-import hf
 import pytest
 import torch
-from settings import TrainConfig
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kv_router import StochasticRouter
 from model import GPT, GPTConfig, KVCache
-from train import make_optimizer
+from support import hf
+from support.devices import CudaGraph
+from train import TrainConfig, make_optimizers
 
 PLANS = ["full", "cla:2", "fusedkv", "fusedkv-lite", "shared-v", "0_1_k1v0+1_k0+1v0"]
 CYCLIC = "sandwich-top:2"
@@ -65,7 +65,7 @@ def fake(monkeypatch):
 
 
 def cuda_model(plan: str) -> GPT:
-    model = GPT(GPTConfig(plan=plan, key_residual=plan == "shared-v", **SIZES))
+    model = GPT(GPTConfig(plan=plan, **SIZES))
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
@@ -98,12 +98,14 @@ def test_training_stays_on_the_device(plan, dtype, fake, monkeypatch):
             _, loss = model(idx, idx, plan=drawn)
         assert all_on_cuda(loss) and loss.shape == () and seen[-1] == dtype
     for name in ("adamw", "muon"):
-        optimizer = make_optimizer(model, TrainConfig(optimizer=name), dtype)
+        optimizers = make_optimizers(model, TrainConfig(optimizer=name), dtype)
         for p in model.parameters():
             p.grad = torch.empty_like(p)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        moments = [t for state in optimizer.state.values() for key, t in state.items() if key != "step"]
+        for optimizer in optimizers:
+            optimizer.step()
+        states = [state for optimizer in optimizers for state in optimizer.state.values()]
+        moments = [t for state in states for key, t in state.items() if key != "step"]
         assert moments and all_on_cuda(norm, *moments)
 
 
@@ -140,7 +142,7 @@ def test_conversion_stays_on_the_device(fake, monkeypatch):
         GPT, "to", lambda self, like: cuda_model(self.config.plan)
     )  # modules cannot swap fakes
     monkeypatch.setattr(GPT, "load_state_dict", lambda self, state: None)
-    new = hf.convert(cuda_model("full"), "fusedkv", [token_ids(2, 64)])
+    new = hf.convert(cuda_model("full"), "fusedkv")
     assert all_on_cuda(new.blocks[3].attn.k_gate, new.blocks[3].attn.v_gate)
 
 
@@ -164,7 +166,7 @@ def test_a_recorded_step_allocates_nothing(fake):
     """Between two replays the host only writes into memory that is there: the token and the position."""
     model, idx = cuda_model("fusedkv"), token_ids(2, 1)
     cache = KVCache(model.config, model.plan, 2, 300, device="cuda")
-    graph = kernels.CudaGraph.__new__(kernels.CudaGraph)  # as recording leaves it
+    graph = CudaGraph.__new__(CudaGraph)  # as recording leaves it
     graph.idx, graph.logits = idx.clone(), torch.empty(2, 1, 512, device="cuda")
     graph.graph = type("Recorded", (), {"replay": lambda self: None})()
     cache.graph = graph

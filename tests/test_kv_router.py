@@ -6,9 +6,10 @@ from statistics import NormalDist
 
 import pytest
 from conftest import ROOT, acyclic_plans
-from costs import Shape, costs
 
-from kv_router import Plan, PlanError, Route, StochasticRouter, both_of
+from kv_router import Plan, PlanError, Route, StochasticRouter
+from model import GPTConfig
+from support.costs import costs, draw
 
 
 def sources(spec: str, n_layer: int) -> str:
@@ -164,7 +165,7 @@ def test_halves_need_two_layers():
 
 
 def test_drawing_marks_every_read():
-    rows = Plan.parse("fusedkv-lite", 4).draw().splitlines()
+    rows = draw(Plan.parse("fusedkv-lite", 4)).splitlines()
     assert [row.split()[:6] for row in rows[1:]] == [
         ["3", "v", "k", ".", ".", "-"],
         ["2", "v", "k", ".", ".", "-"],
@@ -227,20 +228,18 @@ def test_router_without_chance():
 
 
 def test_the_rule_of_the_router_can_be_replaced():
-    def nearest_below(rng, base, p, step):
-        """Even steps share everything that can be, odd ones what the dice say."""
-        shared = [i > 0 and (step % 2 == 0 or rng.random() < p) for i in range(len(base))]
-        return [base[i - 1] if shared[i] else both_of(i) for i in range(len(base))]
+    def nearest_below(rng, base, p, lowest):
+        return [base[i - 1] if i > lowest and rng.random() < p else base[i] for i in range(len(base))]
 
-    router = StochasticRouter(6, 0.5, seed=1, base="shared-v", rule=nearest_below)
-    assert router.plan(4) == Plan.parse("0_k0v0_k1v0_k2v0_k3v0_k4v0", 6)
-    assert router.plan(3) == router.plan(3) and len({router.plan(step) for step in range(1, 40, 2)}) > 5
-    reads_above = StochasticRouter(3, 0.5, rule=lambda rng, base, p, step: [base[2], base[1], base[2]])
+    always, often = (StochasticRouter(6, p, 1, "shared-v", 1, nearest_below) for p in (1, 0.5))
+    assert always.plan(4) == Plan.parse("0_k1v0_k1v0_k2v0_k3v0_k4v0", 6)
+    assert often.plan(3) == often.plan(3) and len({often.plan(step) for step in range(20)}) > 5
+    reads_above = StochasticRouter(3, 0.5, rule=lambda rng, base, p, lowest: [base[2], base[1], base[2]])
     assert reads_above.plan(0) == Plan.parse("2_1_2", 3)
 
 
 def test_costs_of_a_plan_worked_by_hand():
-    shape = Shape(vocab_size=100, n_layer=4, n_head=2, n_kv_head=1, n_embd=8, n_hidden=16)  # head_dim 4
+    shape = GPTConfig(vocab_size=100, n_layer=4, n_head=2, n_kv_head=1, n_embd=8, n_hidden=16)  # head_dim 4
     full, fused = (costs(Plan.parse(spec, 4), shape, context=10) for spec in ("full", "fusedkv"))
     # 4 layers x (K and V) x 4 features x 2 bytes, and half of them
     assert (full.cache_bytes_per_token, fused.cache_bytes_per_token) == (64, 32)
@@ -261,7 +260,7 @@ def test_costs_of_a_plan_worked_by_hand():
 
 
 def test_importing_plans_needs_no_tensors():
-    code = "import sys, kv_router, costs, cli; print('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, kv_router, support.costs, support.cli; print('torch' in sys.modules or 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

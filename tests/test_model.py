@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch._dynamo
 from conftest import acyclic_plans, make_model
-from costs import costs
 
 import kernels
 import model as model_module
 from kv_router import Plan, PlanError, StochasticRouter
 from model import GPT, GPTConfig, KVCache
+from support.costs import costs
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # float32, logits of order 10
 
@@ -43,8 +43,6 @@ def reference_logits(model: GPT, ids: list[int], plan: Plan) -> torch.Tensor:
                 k = a.k_proj(h).view(c.n_kv_head, c.head_dim)
                 k = torch.stack([norm(row, a.k_norm.weight, c.norm_eps) for row in k]) if c.qk_norm else k
                 K[i, t] = turn(k, t, c.rope_theta)
-                if c.key_residual and i > c.router_lowest:
-                    K[i, t] += K[c.router_lowest, t]
             if a.v_proj is not None:
                 V[i, t] = a.v_proj(h).view(c.n_kv_head, c.head_dim)
             q = a.q_proj(h).view(c.n_head, c.head_dim)
@@ -145,32 +143,6 @@ def test_one_checkpoint_under_every_plan(n_head, n_kv_head, head_dim, batch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("lowest", [0, 1])
-@pytest.mark.parametrize(
-    "built", ["full", "shared-v", "0_1_k1v0_k3v0+1", "0_1_k1+2v0_k1+3v0", "0_1_3_3", "0_3_1_3"]
-)
-def test_keys_that_are_added_to_those_of_a_lower_layer(built, lowest, monkeypatch):
-    """Full forward, prefill in chunks and decode, under the plan built for and under smaller ones."""
-    monkeypatch.setattr(model_module, "PREFILL_CHUNK", 2)
-    model = make_model(built, router_lowest=lowest, key_residual=True)
-    idx = tokens(1, 9)
-    smaller = {"full": ["cla:2", "0_1_k1v0_k2v1"], "shared-v": ["0_k1v0_k1v0_k3v0"]}.get(built, [])
-    for plan in [model.plan, *(Plan.parse(spec, 4) for spec in smaller)]:
-        if lowest not in plan.k_layers:
-            with pytest.raises(PlanError, match="and not of layer 1, which this model adds to it"):
-                model.resolve(plan)
-            continue
-        expected = model.logits(idx, plan)
-        torch.testing.assert_close(expected[0], reference_logits(model, idx[0].tolist(), plan), **CLOSE)
-        splits = (1, 2, 3, 4) if plan.cyclic else (5,)  # a cyclic prompt of n tokens may need n passes
-        got, positions = cached_logits(model, idx, plan, splits)
-        torch.testing.assert_close(got, expected[:, positions], **CLOSE)
-        model.config.key_residual = False
-        assert not torch.allclose(model.logits(idx, plan), expected, atol=0.1)
-        model.config.key_residual = True
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("n_layer, spec", CASES)
 def test_a_later_token_changes_no_earlier_logit(n_layer, spec):
     model = make_model(spec, n_layer=n_layer)
@@ -193,7 +165,7 @@ def test_shifting_all_positions_changes_nothing(spec):
     idx = tokens(1, 12)
     at_zero = model.logits(idx)
     rope = model.rope
-    model.rope = lambda positions: rope(positions + 31)
+    model.rope = lambda positions: rope(slice(31, 31 + positions.stop))
     torch.testing.assert_close(model.logits(idx), at_zero, **CLOSE)
 
 
@@ -334,9 +306,9 @@ def test_a_long_prompt_needs_bounded_memory():
 @torch.no_grad()
 def test_compiled_decode_equals_uncompiled_and_never_compiles_again():
     """Every attention form, over block borders; then other prompts, lengths and caches of the same plans."""
-    for spec, B, added in (("fusedkv", 2, False), ("sandwich-middle:2", 1, False), ("shared-v", 1, True)):
+    for spec, B in (("fusedkv", 2), ("sandwich-middle:2", 1), ("shared-v", 1)):
         idx = tokens(B, 320)
-        model = make_model(spec, block_size=320, qkv_bias=True, qk_norm=True, key_residual=added)
+        model = make_model(spec, block_size=320, qkv_bias=True, qk_norm=True)
         expected = model.generate(idx[:, :124], 140, temperature=0)
         kernels.compile_decoding(model)
         assert torch.equal(model.generate(idx[:, :124], 140, temperature=0), expected)
@@ -362,40 +334,30 @@ def test_loss_is_the_cross_entropy_of_the_logits():
 
 @pytest.mark.parametrize("rows", [1, 5, 1000])
 def test_the_loss_by_chunks_has_the_gradients_of_the_whole(rows, monkeypatch):
-    """With a gradient from above that is not one; and no tensor holds more logits than a chunk's."""
+    """With a gradient from above that is not one; and no more logits at a time than a chunk's."""
     monkeypatch.setitem(kernels.LOGITS, "cpu", 61 * rows)
     torch.manual_seed(0)
     x, w = torch.randn(2, 9, 16, requires_grad=True), torch.randn(61, 16, requires_grad=True)
-    targets = tokens(2, 9)
-    sizes = []
+    targets, sizes = tokens(2, 9), []
 
-    def chunk(*args):
-        out = kernels.loss_chunk(*args)
-        sizes.append(len(out[0]))
-        return out
+    def chunk(h, weight, t):
+        sizes.append(len(h))
+        return kernels.chunk_loss(h, weight, t)
 
-    (3 * kernels.mean_cross_entropy(x, w, targets, chunk)).backward()
+    (3 * kernels.cross_entropy(x, w, targets, chunk).mean()).backward()
     got = x.grad, w.grad
     x.grad = w.grad = None
     (3 * torch.nn.functional.cross_entropy((x @ w.T).flatten(0, 1), targets.flatten())).backward()
     torch.testing.assert_close(got, (x.grad, w.grad))
-    assert max(sizes) == min(rows, 18) and sum(sizes) == 18
+    assert max(sizes) == min(rows, 18) and sum(sizes) in (18, 36)  # twice where there are several
 
 
 @pytest.mark.parametrize(
     "built, asked, part",
     [
-        (
-            "fusedkv",
-            "full",
-            "layer 2 reads K of layer 2, which this model, built for 'fusedkv', does not compute",
-        ),
-        (
-            "full",
-            "fusedkv",
-            "layer 2 fuses the K of layers 0, 1, and this model, built for 'full', has no gates",
-        ),
-        ("0_1_2_k1v0+1", "0_1_2_k2v0+2", "has no gates"),
+        ("fusedkv", "full", "this model, built for 'fusedkv': layer 2 reads K of layer 2; it has K of layers"),
+        ("full", "fusedkv", "layer 2 fuses K of layers (0, 1), for which it has no gates"),
+        ("0_1_2_k1v0+1", "0_1_2_k2v0+2", "for which it has no gates"),
         ("cla:2", "keep:0,1", "layer 1 reads K of layer 1"),
         ("pizza-top:2", "full", "layer 1 reads K of layer 1"),
         ("full", "keep:0,7", "layer '7'"),
@@ -439,7 +401,7 @@ def test_sampling_follows_seed_temperature_and_top_k():
 def test_context_limits():
     model = make_model(block_size=8)
     assert model.generate(tokens(1, 5), 3).shape == (1, 8)
-    with pytest.raises(ValueError, match="5 tokens and 4 new ones do not fit the context of 8"):
+    with pytest.raises(ValueError, match="9 positions do not fit the context of 8"):
         model.generate(tokens(1, 5), 4)
     with pytest.raises(ValueError, match="do not fit"):
         model.generate(tokens(1, 5), 10**15)  # before memory is taken for them
@@ -474,12 +436,11 @@ def test_stream_refuses_at_the_call_what_does_not_fit(filled):
         if fits:
             assert len(list(call())) == n
         else:
-            with pytest.raises(ValueError, match=f"do not fit .* {min(max_len, 16)} "):
+            with pytest.raises(ValueError, match=f"do not fit .* {min(max_len, 16)};"):
                 call()
             assert cache.length == filled
-    for T in (0, 20):
-        with pytest.raises(ValueError, match=f"a prompt of {T} tokens and 2 new ones.* do not fit"):
-            stream(32, T, 2)[1]()
+    with pytest.raises(ValueError, match="a prompt needs 1 token"):
+        stream(32, 0, 2)[1]()
 
 
 def test_a_cache_belongs_to_its_plan():
@@ -509,19 +470,6 @@ def test_bfloat16_weights_keep_exact_angles():
     error = (model.logits(idx).float() - expected).norm() / expected.norm()
     assert error < 0.05
     assert model.generate(idx, 4, temperature=0).shape == (1, 12)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("rows", [1, 20])
-@pytest.mark.parametrize("bias", [True, False])
-def test_bfloat16_products_round_once(rows, bias):
-    """Whatever a CPU computes them in: the result is that of float32, rounded."""
-    torch.manual_seed(0)
-    x, w, b = (torch.randn(s).bfloat16() for s in ((2, rows, 48), (32, 48), (32,)))
-    b = b if bias else None
-    got = kernels.linear(x, w, b)
-    exact = torch.nn.functional.linear(x.double(), w.double(), b.double() if bias else None)
-    assert got.dtype == torch.bfloat16 and (got - exact).abs().max() < 2**-7 * exact.abs().max()
 
 
 @torch.no_grad()
@@ -573,7 +521,7 @@ def test_compiled_pieces_serve_every_plan():
 @pytest.mark.parametrize("spec", ["full", "fusedkv", "sandwich-middle:2", "shared-v"])
 def test_steps_of_fixed_sizes_decode_the_same(spec):
     """As a CUDA graph has them: all blocks of the cache are read, and those not filled yet masked."""
-    model = make_model(spec, block_size=400, key_residual=spec == "shared-v")
+    model = make_model(spec, block_size=400)
     idx = tokens(2, 120)
     expected = model.generate(idx, 20, temperature=0)
     cache = KVCache(model.config, model.plan, 2, 400)
@@ -588,7 +536,7 @@ def test_steps_of_fixed_sizes_decode_the_same(spec):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("spec", ["full", "fusedkv", "cla:2", "sandwich-middle:2", "shared-v"])
 def test_cuda_graphs_decode_the_same(spec):
-    model = make_model(spec, block_size=400, key_residual=spec == "shared-v").cuda()
+    model = make_model(spec, block_size=400).cuda()
     idx = tokens(2, 200).cuda()
     expected = model.generate(idx[:, :120], 30, temperature=0)
     kernels.compile_decoding(model)

@@ -13,19 +13,19 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import devices
 import pytest
 import torch
-from cli import read_toml
 from conftest import ROOT
-from runs import load_checkpoint, load_run, window_losses
-from settings import TrainConfig
 
 import data
 import train
 from data import Tokens
 from kv_router import Plan, StochasticRouter
 from model import GPT
+from support import devices
+from support.cli import read_toml
+from support.runs import load_checkpoint, load_run, window_losses
+from train import TrainConfig
 
 SMALL = {
     "n_layer": 4, "n_embd": 32, "n_head": 4, "n_kv_head": 2, "block_size": 32, "batch_size": 8,
@@ -83,7 +83,7 @@ def test_a_run_learns_and_leaves_its_record(trained):
 def test_stochastic_runs_log_their_draws(trained):
     drawn = read_log(trained / "stochastic", "plans")
     plans = [plan for line in drawn.values() for plan in line]  # of every step, though lines are rarer
-    assert len(drawn) == 20 and len(plans) == 60
+    assert len(drawn) == 22 and len(plans) == 60  # every 3 steps, and before every evaluation
     router = StochasticRouter(4, 0.5, seed=0)
     assert plans == [router.plan(step).spec for step in range(60)]
     assert not read_log(trained / "normal", "plans")
@@ -197,7 +197,7 @@ def test_two_ranks_train_as_one(corpus, tmp_path, script, settings, sharded):
 def test_settings_for_ranks(corpus, tmp_path, refused, monkeypatch):
     line = refused("train.py", *flags(corpus, tmp_path / "a"), "--shard")
     assert "--shard splits a model over several devices; start it with torchrun" in line
-    monkeypatch.setattr("parallel.RANKS", 3)
+    monkeypatch.setattr("support.parallel.RANKS", 3)
     line = refused("train.py", *flags(corpus, tmp_path / "a"))
     assert "--batch_size 8 cannot be divided among 3 ranks" in line
     assert not (tmp_path / "a").exists()
@@ -224,7 +224,7 @@ def test_muon_steps_as_torchs_does(monkeypatch):
     ours, theirs = (
         torch.nn.Parameter(torch.randn(24, 48, generator=torch.Generator().manual_seed(1))) for _ in "12"
     )
-    a = train.Muon([{"params": [ours], "muon": True, "weight_decay": 0.1}], torch.float32, lr=0.02)
+    a = train.Muon([ours], 0.02, 0.1, torch.float32)
     b = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     before = ours.detach().clone()
     for step in range(4):
@@ -239,13 +239,12 @@ def test_settings_come_from_toml_and_flags_win(corpus, tmp_path, script, refused
     toml = tmp_path / "x.toml"
     toml.write_text("n_layer = 3\nlearning_rate = 1\nmax_iters = 2\n")
     given = [f for f in flags(corpus, tmp_path / "run") if not re.match("--(n_layer|max_iters)", f)]
-    status, text, _ = script("train.py", toml, *given, "--max_iters=1", "--sample_interval=1")
-    assert status == 0 and "\n  | " in text  # the sample of text
+    assert script("train.py", toml, *given, "--max_iters=1")[0] == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["n_layer"], config["learning_rate"], config["max_iters"]) == (3, 1.0, 1)
     for text, part in (
         ("n_layers = 3", "unknown key 'n_layers'; did you mean n_layer?"),
-        ("n_layer = '3'", "n_layer = '3' is not a int"),
+        ("n_layer = '3'", "n_layer = '3' is not a whole number"),
         ("dtype = 'float8'", "is not one of auto, float32, bfloat16"),
         ("n_layer = ", "is not TOML"),
     ):
@@ -267,14 +266,12 @@ def test_mistakes_get_one_line_and_leave_nothing(corpus, tmp_path, refused, trai
     assert "forward_passes -1 is not valid" in bad(forward_passes=-1)
     assert "not a probability" in bad(router_p=1.5)
     assert "iterates or fuses" in bad(router_p=0.5, plan="fusedkv")
-    assert "--router_lowest 4 is not valid; it must be 0 to 3" in bad(router_p=0.5, router_lowest=4)
-    residual = {"key_residual": True, "router_lowest": 1, "plan": "cla:2"}
-    assert "layer 1, which does not read its own in plan 'cla:2'" in bad(**residual)
+    assert "router_lowest 4 is not valid; it must be 0 to 3" in bad(router_p=0.5, router_lowest=4)
     assert "must be 1 or more" in bad(batch_size=0)
-    assert "n_layer 0 is not valid; a model has 1 to 1000 layers" in bad(n_layer=0)
+    assert "n_layer 0 is not valid; it must be 1 to 1000" in bad(n_layer=0)
     assert "not a multiple" in bad(n_head=3)
-    assert "invalid int value: 'x'" in bad(n_layer="x")
-    assert "neither true nor false" in bad(compile="maybe")
+    assert "--n_layer 'x' is not a whole number" in bad(n_layer="x")
+    assert "is not true, false or auto" in bad(compile="maybe")
     assert "--seed -1 is not valid" in bad(seed=-1)
     assert "must be below 1" in bad(beta1=1)
     assert "--learning_rate nan is not valid" in bad(learning_rate="nan")
@@ -301,7 +298,7 @@ def test_damaged_checkpoints_are_refused(tmp_path, refused, trained):
     assert "no checkpoint" in refused("sample.py", "--out_dir", out)
     out.mkdir()
     torch.save({"model": {}, "iter_num": 3}, out / "best.pt")
-    assert "not a checkpoint of nanokv" in refused("sample.py", "--out_dir", out)
+    assert "cannot be read as a checkpoint of nanokv" in refused("sample.py", "--out_dir", out)
     for content in (b"", b"not a checkpoint", (trained / "normal" / "best.pt").read_bytes()[:5000]):
         (out / "best.pt").write_bytes(content)
         assert "cannot be read as a checkpoint" in refused("sample.py", "--out_dir", out)
@@ -352,8 +349,8 @@ def test_a_run_gone_bad_continues_with_a_lower_learning_rate(corpus, tmp_path, s
         lower = ("--learning_rate=1e-3", "--min_lr=1e-4", f"--out_dir={folder}")
         status, text, _ = script(*resume, *lower)
         assert status == 0 and "resumed after step 6" in text
-        assert "--learning_rate 0.001 in place of 0.005 from here on" in text
-        assert "--min_lr 0.0001 in place of 0.0005 from here on" in text
+        assert "--learning_rate 0.001 in place of 0.005" in text
+        assert "--min_lr 0.0001 in place of 0.0005" in text
     rates = read_log(out, "lr")
     assert list(rates) == list(range(1, 13)) and rates[2] > 3e-3 > 1e-3 > rates[7] > rates[12] > 1e-4
     for key in ("train_loss", "val_loss", "lr"):
@@ -366,7 +363,7 @@ def test_a_run_gone_bad_continues_with_a_lower_learning_rate(corpus, tmp_path, s
 def test_a_resumed_run_keeps_what_it_started_from(corpus, tmp_path, script):
     pytest.importorskip("safetensors")
     script("train.py", *flags(corpus, tmp_path / "scratch", max_iters=2))
-    script("hf.py", tmp_path / "scratch", tmp_path / "folder")
+    script("support/hf.py", tmp_path / "scratch", tmp_path / "folder")
     sizes = ("n_layer", "n_embd", "n_head", "n_kv_head")
     given = flags(corpus, tmp_path / "tuned", init_from=f"hf:{tmp_path / 'folder'}", max_iters=2)
     assert (
@@ -420,13 +417,9 @@ def test_bfloat16_training_follows_float32(corpus, tmp_path, script, settings):
     assert losses[0] == pytest.approx(losses[1], abs=0.02) and losses[0] != losses[1]
 
 
-@pytest.mark.parametrize("key_residual", [False, True])
-def test_layers_below_the_lowest_are_read_by_themselves_alone(
-    key_residual, corpus, tmp_path, script, refused
-):
+def test_layers_below_the_lowest_are_read_by_themselves_alone(corpus, tmp_path, script):
     out = tmp_path / "run"
-    settings = {"router_p": 0.9, "router_lowest": 1, "key_residual": key_residual}
-    status, _, err = script("train.py", *flags(corpus, out, **settings))
+    status, _, err = script("train.py", *flags(corpus, out, router_p=0.9, router_lowest=1))
     assert status == 0, err
     plans = [Plan.parse(spec, 4) for drawn in read_log(out, "plans").values() for spec in drawn]
     assert len(set(plans)) > 3
@@ -436,18 +429,29 @@ def test_layers_below_the_lowest_are_read_by_themselves_alone(
     swept = [json.loads(line)["plan"] for line in (out / "sweep.jsonl").read_text().splitlines()]
     assert "keep:0,1" in swept and "keep:0" not in swept
     assert script("sweep.py", "--out_dir", out, "--windows", 2, "--search", "--plans", "auto:0.5")[0] == 0
-    found = [
-        Plan.parse(json.loads(line)["plan"], 4) for line in (out / "search.jsonl").read_text().splitlines()
-    ]
+    rows = [json.loads(line) for line in (out / "search.jsonl").read_text().splitlines()]
+    found = [Plan.parse(row["plan"], 4) for row in rows]
     assert len(found) == 6 and all(plan.k_layers[:2] == (0, 1) for plan in found)
-    if key_residual:
-        assert "and not of layer 1, which this model adds to it" in refused(
-            "sample.py", "--out_dir", out, "--plan", "keep:0,2", "--max_new_tokens", 4
-        )
-        pytest.importorskip("safetensors")
-        assert "which transformers does not have" in script("hf.py", out, tmp_path / "folder")[1]
-        tuning = flags(corpus, tmp_path / "tuned", init_from=f"hf:{tmp_path / 'folder'}", router_lowest=0)
-        assert "--router_lowest 0 contradicts" in refused("train.py", *tuning)
+
+
+@pytest.mark.parametrize("value", [False, True])
+def test_runs_of_earlier_versions(value, trained, tmp_path, script, refused):
+    """They may say key_residual, which is refused where it is true; moments of another form are not taken."""
+    out = tmp_path / "run"
+    shutil.copytree(trained / "normal", out)
+    for name in ("best.pt", "ckpt.pt"):
+        checkpoint = torch.load(out / name, weights_only=True)
+        checkpoint["config"] |= {"sample_interval": 0, "key_residual": value}
+        checkpoint["model_config"]["key_residual"] = value
+        checkpoint["optimizer"] = {"state": {}, "param_groups": []}
+        torch.save(checkpoint, out / name)
+    sample = ("sample.py", "--out_dir", out, "--max_new_tokens", 2)
+    if value:
+        assert "has key_residual, which this version does not have" in refused(*sample)
+    else:
+        assert script(*sample)[0] == 0
+        line = refused("train.py", f"--out_dir={out}", "--init_from=resume", "--max_iters=70")
+        assert "does not hold the state of this optimizer" in line and "init_from=hf:" in line
 
 
 def test_sweep_scores_draws_and_overlays(trained, tmp_path, script, refused):
@@ -492,9 +496,8 @@ def test_curves_of_runs(trained, corpus, tmp_path, script, refused):
     assert (trained / "curves.png").exists()  # by default beside the runs
     assert script("sweep.py", "--out_dir", runs[0], "--curves")[0] == 0
     assert (runs[0] / "curves.png").exists()
-    assert f"{tmp_path} holds no log of a run" in refused(
-        "sweep.py", "--out_dir", runs[0], tmp_path, "--curves"
-    )
+    line = refused("sweep.py", "--out_dir", runs[0], tmp_path, "--curves")
+    assert f"cannot read {tmp_path / 'log.jsonl'}" in line and "takes the folders of runs" in line
     unevaluated = tmp_path / "unevaluated"  # but at step 0
     script("train.py", *flags(corpus, unevaluated, max_iters=0))
     assert script("sweep.py", "--out_dir", runs[0], unevaluated, "--curves", "--save_dir", tmp_path)[0] == 0
@@ -585,7 +588,7 @@ def test_sample_mistakes(trained, tmp_path, refused):
     )
     assert "no gates" in refused("sample.py", *out, "--plan", "fusedkv", "--max_new_tokens", 4)
     assert "must be 1 or more" in refused("sample.py", *out, "--num_samples", 0)
-    assert "must be 0 or more" in refused("sample.py", *out, "--temperature", -1)
+    assert "must be 0.0 or more" in refused("sample.py", *out, "--temperature", -1)
     assert "No such file" in refused("sample.py", *out, "--start", "FILE:none", "--max_new_tokens", 4)
     (tmp_path / "latin").write_bytes(b"\xff\xfe")
     assert "not UTF-8" in refused(
@@ -640,7 +643,7 @@ def test_fine_tuning_and_conversion_start_from_a_folder(trained, corpus, tmp_pat
     """A normal run written as a Hugging Face folder, read back, converted, tuned with routing, resumed."""
     pytest.importorskip("safetensors")
     folder = tmp_path / "folder"
-    assert script("hf.py", trained / "normal", folder)[0] == 0
+    assert script("support/hf.py", trained / "normal", folder)[0] == 0
     before, _ = load_run(trained / "normal")
     init = [
         f"--data_dir={corpus.parent}",
@@ -657,9 +660,7 @@ def test_fine_tuning_and_conversion_start_from_a_folder(trained, corpus, tmp_pat
         model, config = load_run(out)
         assert model.plan.spec == plan and config.n_layer == 4
     assert losses["full"] == pytest.approx(min(read_log(trained / "normal", "val_loss").values()), abs=1e-4)
-    assert losses["fusedkv"] != losses["fusedkv-lite"]
-    gate = load_run(tmp_path / "fusedkv")[0].blocks[3].attn.v_gate
-    assert ((gate != 0) & (gate != 1)).all()  # fitted
+    assert losses["fusedkv"] == pytest.approx(losses["fusedkv-lite"], abs=1e-5)  # where its gates start
     tuned = tmp_path / "tuned"
     flags = [
         "--router_p=0.5",
