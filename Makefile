@@ -13,9 +13,9 @@ from = --init_from=$(if $(wildcard $(DEMO)/$(1)/*.pt),resume,scratch)
 demo: .venv/installed
 	$(PY) train.py config/demo.toml --out_dir=$(DEMO)/normal $(call from,normal)
 	$(PY) train.py config/demo.toml --out_dir=$(DEMO)/stochastic --router_p=0.5 $(call from,stochastic)
-	$(PY) train.py config/demo.toml --out_dir=$(DEMO)/key-residual --plan=shared-v --key_residual --router_p=0.2 --router_lowest=1 $(call from,key-residual)
+	$(PY) train.py config/demo.toml --out_dir=$(DEMO)/stochastic-shared-v --plan=shared-v --router_p=0.3 --router_lowest=1 $(call from,stochastic-shared-v)
 	$(PY) train.py config/demo.toml --out_dir=$(DEMO)/fusedkv --plan=fusedkv $(call from,fusedkv)
-	$(PY) sweep.py --out_dir $(addprefix $(DEMO)/,normal stochastic key-residual fusedkv)
+	$(PY) sweep.py --out_dir $(addprefix $(DEMO)/,normal stochastic stochastic-shared-v fusedkv)
 	$(PY) sample.py --out_dir $(DEMO)/stochastic --plan full --plan cla:2 --plan keep:0 --start "def main(" --max_new_tokens 64
 	@echo "look at $(DEMO)/cache_vs_loss.png"
 

@@ -274,7 +274,7 @@ def main(rule: Callable = uniform_below) -> None:
         router = StochasticRouter(c.n_layer, c.router_p, c.seed, c.plan, c.router_lowest, rule)
         how += f", stochastic routing with p = {c.router_p}"
     device = parallel.join(devices.pick_device(c.device))
-    vocab_size = run.find_corpus(c.corpus)
+    vocab_size = run.find_corpus(c.corpus, c.block_size)
     model = make_model(c, run, vocab_size, device)
     n_params = sum(p.numel() for p in model.parameters())
     flops = 6 * n_params * c.tokens_per_step * (c.max_iters - run.start)

@@ -197,13 +197,15 @@ class Run:
                 f"{self.folder} holds a run; continue it: --init_from=resume, or choose another --out_dir"
             )
 
-    def find_corpus(self, folder: Path) -> int:
-        """See that the corpus is there and intact, and the one that the checkpoint was trained on; a built-in
-        one is made where it is missing. Returns the size of its vocabulary."""
+    def find_corpus(self, folder: Path, block_size: int) -> int:
+        """See that the corpus is there, intact, long enough, and the one that the checkpoint was trained on; a
+        built-in one is made where it is missing. Returns the size of its vocabulary."""
         if parallel.RANK == 0 and not self.checkpoint and not folder.exists():
             data.prepare_dataset(folder.name, folder)
         parallel.wait_for_all()
         meta = data.verified(folder)
+        for split in ("train", "val"):
+            data.Tokens(folder, split, block_size)
         self.corpus, self.corpus_sha = folder, meta["train"]["sha256"]
         if self.checkpoint and self.checkpoint.get("corpus") != self.corpus_sha:
             raise UserError(
