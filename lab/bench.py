@@ -47,6 +47,7 @@ class Ours:
             self.plan = model.plan
         self.model, self.name, self.kept = model, spec, {}
         self.placement = {"dtype": model.embed.weight.dtype, "device": model.embed.weight.device}
+        self.vocab_size = model.config.vocab_size
 
     def predicted(self, context: int, batch: int):
         return costs(self.plan, self.model.config, context, batch, self.placement["dtype"].itemsize)
@@ -80,7 +81,9 @@ class HuggingFace:
         with model.embed.weight.device:  # the table of angles is not among the weights
             self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config)
         self.model.eval()
-        self.name, self.plan, self.predicted = "transformers", model.plan, Ours(model, "full").predicted
+        ours = Ours(model, "full")
+        self.name, self.plan, self.predicted = "transformers", model.plan, ours.predicted
+        self.placement, self.vocab_size = ours.placement, ours.vocab_size
 
     def cache(self, batch: int, length: int) -> dict:
         return {"past_key_values": None}
@@ -128,59 +131,68 @@ def bandwidth(x: Tensor) -> float:
     return x.nbytes / min(clock.seconds())
 
 
-def measure(contender, idx: Tensor, filled: int, n: int) -> dict:
-    """A prompt idx (B, T) and n new tokens, after `filled` positions that are in the cache already."""
-    cache = contender.cache(len(idx), filled + idx.size(1) + n)
+def measure(contender, prompt: int, batch: int, filled: int, n: int) -> tuple:
+    """TTFT and TPOT in seconds, and the cache in bytes, of a prompt and n new tokens, after `filled` positions
+    that are in the cache already."""
+    device, vocab_size = contender.placement["device"], contender.vocab_size
+    idx = torch.randint(vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+    cache = contender.cache(batch, filled + prompt + n)
     if filled:
         for store in (*cache.k.values(), *cache.v.values()):
             store.fill_(0.01)  # memory that no one wrote is not really read
         cache.length = filled
-    clock = Clock(idx.device)
+    clock = Clock(device)
     clock.mark()
     for _ in contender.tokens(idx, n, cache):
         clock.mark()
     ttft, *each = clock.seconds()
-    size = getattr(cache, "bytes", None)  # a peer does not say what its cache takes
     if filled:
         contender.kept.clear()  # no two of this size may fit the memory
-    return {"ttft": None if filled else ttft, "tpot": median(each), "cache_bytes": size}
+    return ttft, median(each), getattr(cache, "bytes", None)  # a peer does not say what its cache takes
 
 
-def interleaved(contenders: list, cases: list[tuple], args) -> list[dict]:
-    """One row per case, (contender, prompt, batch, positions that are filled): medians over args.repeats
-    turns. Before each measurement the memory's bandwidth is measured too."""
-    device, generator = contenders[0].model.embed.weight.device, torch.Generator().manual_seed(0)
-    vocab_size, found, speeds = contenders[0].model.config.vocab_size, {case: [] for case in cases}, []
-    big = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
-    progress, done = Progress("measuring", args.repeats * sum(case[1] for case in cases)), 0
-    for turn in range(-1, args.repeats):  # the first turn compiles; on a CPU long prompts add nothing to it
-        for case in cases:
-            contender, prompt, batch, filled = case
-            if turn < 0 and device.type == "cpu" and prompt > min(args.prompts):
-                continue
-            idx = torch.randint(vocab_size, (batch, prompt), generator=generator).to(device)
-            speeds.append(bandwidth(big))
-            one = measure(contender, idx, filled, args.new_tokens)
-            if turn >= 0:
-                found[case].append(one)
-                done += prompt
-                progress(done, f"{contender.name}, {prompt} tokens")
+def take_turns(cases: dict, repeats: int) -> dict[tuple, list]:
+    """What every case gives, called in turn."""
+    found, progress = {key: [] for key in cases}, Progress("measuring", repeats * len(cases))
+    for turn in range(repeats):
+        for i, (key, case) in enumerate(cases.items()):
+            found[key].append(case())
+            progress(turn * len(cases) + i + 1, key[0])
     progress.close()
-    rows = []
-    for (contender, prompt, batch, filled), turns in found.items():
-        row = {"name": contender.name, "plan": contender.plan.spec, "context": prompt + filled, "batch": batch}
-        for key in ("cache_bytes", "ttft", "tpot"):
-            row[key] = None if turns[0][key] is None else median(one[key] for one in turns)
-        expected = contender.predicted(prompt + filled, batch)
-        row |= {"tokens_per_s": batch / row["tpot"], "bandwidth": median(speeds), "predicted": {
-            "cache_bytes": batch * expected.cache_bytes_per_token, "ttft": expected.prefill_flops,
-            "tpot": expected.decode_bytes, "tokens_per_s": batch / expected.decode_bytes,
-        }}  # fmt: skip
-        rows.append(row | {"of_bandwidth": expected.decode_bytes / row["tpot"] / row["bandwidth"]})
+    return found
+
+
+def latencies(contenders: list, cases: list[tuple], args) -> list[dict]:
+    """One row per case, (contender, prompt, batch, positions that are filled): medians over the turns. Before
+    each measurement the memory's bandwidth is measured too."""
+    device = contenders[0].placement["device"]
+    big, speeds, calls = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device), [], {}
+    for contender, *sizes in cases:
+
+        def case(contender=contender, sizes=sizes):
+            speeds.append(bandwidth(big))
+            return measure(contender, *sizes, args.new_tokens)
+
+        if device.type == "cuda" or sizes[0] <= min(args.prompts):
+            case()  # compiles; on a CPU long prompts would add nothing to that
+        calls[contender.name, *sizes] = case
+    found, rows = take_turns(calls, args.repeats), []
+    for (contender, prompt, batch, filled), turns in zip(cases, found.values()):
+        ttft, tpot, size = (None if None in values else median(values) for values in zip(*turns))
+        expected, ttft = contender.predicted(prompt + filled, batch), None if filled else ttft
+        rows.append({
+            "name": contender.name, "plan": contender.plan.spec, "context": prompt + filled, "batch": batch,
+            "cache_bytes": size, "ttft": ttft, "tpot": tpot, "tokens_per_s": batch / tpot,
+            "predicted": {
+                "cache_bytes": batch * expected.cache_bytes_per_token, "ttft": expected.prefill_flops,
+                "tpot": expected.decode_bytes, "tokens_per_s": batch / expected.decode_bytes,
+            },
+            "bandwidth": median(speeds), "of_bandwidth": expected.decode_bytes / tpot / median(speeds),
+        })  # fmt: skip
     return rows
 
 
-def at_capacity(contenders: list[Ours], args) -> list[tuple]:
+def at_capacity(contenders: list, args) -> list[tuple]:
     """Cases whose batch is the largest whose cache fits --memory_gb, filled but for the new tokens."""
     positions, memory = max(args.prompts), 1e9 * args.memory_gb
     blocks, cases = max(2, -(-positions // kernels.BLOCK)), []
@@ -197,23 +209,19 @@ def at_capacity(contenders: list[Ours], args) -> list[tuple]:
 
 def report(rows: list[dict]) -> str:
     """Measured figures, and their ratios to the first row of the same context, predicted ones in brackets."""
-    lines = [["", "context", "batch"]]
-    for name in ("cache", "TTFT", "TPOT", "tokens/s"):
-        lines[0] += [name, "ratio (pred.)"]
-    lines[0] += ["of bandwidth"]
+    names = {"cache_bytes": "cache", "ttft": "TTFT", "tpot": "TPOT", "tokens_per_s": "tokens/s"}
+    lines = [["", "context", "batch", *(cell for name in names.values() for cell in (name, "ratio (pred.)"))]]
+    lines[0].append("of bandwidth")
     for row in rows:
-        capacity = row["ttft"] is None
-        base = next(r for r in rows if r["context"] == row["context"] and (r["ttft"] is None) == capacity)
+        base = next(r for r in rows if (r["context"], r["ttft"] is None) == (row["context"], row["ttft"] is None))
         cells = [row["name"], str(row["context"]), str(row["batch"])]
-        for key, text in (
-            ("cache_bytes", human(row["cache_bytes"] or 0, "B")),
-            ("ttft", human(row["ttft"] or 0, "s")),
-            ("tpot", f"{1e3 * row['tpot']:.1f} ms"),
-            ("tokens_per_s", f"{row['tokens_per_s']:.1f}"),
-        ):
-            known = row[key] is not None
-            ratios = f"{row[key] / base[key]:.3f} ({row['predicted'][key] / base['predicted'][key]:.3f})" if known else ""
-            cells += [text if known else "", ratios]
+        for key in names:
+            if row[key] is None:
+                cells += ["", ""]
+                continue
+            unit = {"cache_bytes": "B", "tokens_per_s": ""}.get(key, "s")
+            expected = row["predicted"][key] / base["predicted"][key]
+            cells += [human(row[key], unit), f"{row[key] / base[key]:.3f} ({expected:.3f})"]
         lines.append(cells + [f"{row['of_bandwidth']:.0%}"])
     return table(lines)
 
@@ -222,11 +230,11 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
     """Time to first token and time per token over the length of the prompt, a line per contender."""
     rows = [row for row in rows if row["ttft"] is not None]
     prompts = sorted({row["context"] for row in rows})
+    labels = {"ttft": "time to first token, seconds", "tpot": "time per token, seconds"}
     with picture(path, columns=2) as axes:
-        for i, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
-            for ax, key in zip(axes, ("ttft", "tpot")):
+        for ax, (key, label) in zip(axes, labels.items()):
+            for i, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
                 line(ax, prompts, [row[key] for row in rows if row["name"] == name], i, name)
-        for ax, label in zip(axes, ("time to first token, seconds", "time per token, seconds")):
             ax.set_xscale("log", base=2)
             ax.set_xticks(prompts, [f"{n:,}" for n in prompts])
             ax.set(xlabel="prompt, tokens", ylabel=label)
@@ -297,7 +305,7 @@ def main():
     about |= {"compile": not args.no_compile, "command": " ".join(sys.argv)}
     folder = Path(args.out_dir or "out/bench")
     if args.train:
-        bench_train.measure(args, device, dtype, about, folder / "bench_train.jsonl")
+        bench_train.measure(args, device, dtype, about, folder / "bench_train.jsonl", take_turns)
         return
     contenders = make_contenders(args, device, dtype)
     everyone = contenders + ([HuggingFace(contenders[0].model)] if args.peer else [])
@@ -310,8 +318,9 @@ def main():
     n_params = sum(p.numel() for p in contenders[0].model.parameters())
     what = f"{human(n_params)} parameters, {about['dtype']}, {where}"
     print(f"{what}; median of {args.repeats} turns", flush=True)
-    rows = interleaved(contenders, cases, args)
-    print(f"memory is read at {human(rows[0]['bandwidth'], 'B/s')}; ratios to {contenders[0].name} (predicted)")
+    rows = latencies(contenders, cases, args)
+    speed = human(rows[0]["bandwidth"], "B/s")
+    print(f"memory is read at {speed}; ratios to {contenders[0].name} (predicted)")
     print(report(rows))
     draw(rows, folder / "bench.png", what)
     write_lines([about | row for row in rows], folder / "bench.jsonl")

@@ -13,7 +13,7 @@ import torch
 import kernels
 from kv_router import StochasticRouter
 from model import GPT
-from support.cli import Progress, UserError, human, read_toml, table, write_lines
+from support.cli import UserError, human, read_toml, table, write_lines
 from support.costs import costs
 from support.devices import autocast, matmul_peak
 from train import TrainConfig, make_optimizers, take_step
@@ -34,7 +34,7 @@ def peak_memory(step, device: str) -> int:
     return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
-def measure(args, device: str, dtype: torch.dtype, about: dict, path: Path) -> None:
+def measure(args, device: str, dtype: torch.dtype, about: dict, path: Path, take_turns) -> None:
     """Print the table of training speeds, and write it to `path`."""
     sizes = read_toml(args.config, TrainConfig) if args.config else {}
     names = ("n_layer", "n_head", "n_kv_head", "n_embd", "optimizer")
@@ -47,7 +47,7 @@ def measure(args, device: str, dtype: torch.dtype, about: dict, path: Path) -> N
     plans[f"cyclic, {base.forward_passes} + {base.backward_passes}"] = f"sandwich-top:{base.n_layer // 2}"
     idx = torch.randint(vocab_size, (base.batch_size, base.block_size))
     tokens = SimpleNamespace(batch=lambda *_: (idx, idx))  # in place of a corpus
-    steps, seconds, rows = {}, {name: [] for name in plans}, []
+    steps, rows = {}, []
     for name, plan in plans.items():
         torch.manual_seed(0)
         c = TrainConfig(**sizes | {"plan": plan})
@@ -59,17 +59,19 @@ def measure(args, device: str, dtype: torch.dtype, about: dict, path: Path) -> N
         steps[name] = partial(take_step, 0, c, model, router, optimizers, tokens, context, device)
         flops = costs(model.plan, model.config, c.block_size).train_flops * c.batch_size
         rows.append(about | {"name": name, "plan": plan, "flops": flops, "optimizer": c.optimizer})
-    progress = Progress("training", (WARM_UP + args.repeats) * len(plans))
-    for turn in range(WARM_UP + args.repeats):
-        for i, (name, step) in enumerate(steps.items()):
-            began = time.perf_counter()
-            float(step()[0])  # waits for a GPU
-            seconds[name] += [time.perf_counter() - began] if turn >= WARM_UP else []
-            progress(turn * len(plans) + i + 1, name)
+        for _ in range(WARM_UP):
+            steps[name]()
+
+    def timed(step) -> float:
+        began = time.perf_counter()
+        float(step()[0])  # waits for a GPU
+        return time.perf_counter() - began
+
+    seconds = take_turns({(name,): partial(timed, step) for name, step in steps.items()}, args.repeats)
     peak = matmul_peak(device, dtype)
     lines = [["", "tokens/s", "ratio", "FLOP/s", "of matmul peak", "peak memory"]]
     for row in rows:
-        second = median(seconds[row["name"]])
+        second = median(seconds[row["name"],])
         row |= {"tokens_per_s": idx.numel() / second, "flops_per_s": row["flops"] / second}
         row |= {"of_peak": row["flops_per_s"] / peak, "peak_memory": peak_memory(steps[row["name"]], device)}
         cells = [row["name"], f"{row['tokens_per_s']:,.0f}"]
