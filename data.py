@@ -121,8 +121,6 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     try:
         pairs = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-    except OSError as e:
-        raise UserError(f"cannot read the tokenizer {path}: {e.strerror}") from e
     except ValueError as e:
         raise UserError(
             f"{path} is not a .tiktoken file: a line is not a token in base64 and its rank ({e})"
@@ -136,14 +134,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 def load_tokenizer(folder: str | Path) -> "tiktoken.Encoding | JsonTokenizer":
     """The tokenizer of a tokenized corpus (data/NAME) or of a run that was trained on one."""
-    meta = read_meta(Path(folder))
-    enc = open_tokenizer(meta["tokenizer"], Path(folder))
-    if enc.n_vocab != meta["vocab_size"]:
-        raise UserError(
-            f"{folder}: its tokenizer has {enc.n_vocab:,} tokens and meta.json says {meta['vocab_size']}; "
-            f"{MAKE_AGAIN}"
-        )
-    return enc
+    return open_tokenizer(read_meta(Path(folder))["tokenizer"], Path(folder))
 
 
 def open_tokenizer(name: str, folder: Path) -> "tiktoken.Encoding | JsonTokenizer":
@@ -171,12 +162,11 @@ class JsonTokenizer:
             from tokenizers import Tokenizer
         except ImportError as e:
             raise UserError("tokenizer.json needs the package tokenizers: pip install tokenizers") from e
+        raw = path.read_bytes()
         try:
-            self.tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            self.tokenizer = Tokenizer.from_buffer(raw)
             vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
             self.n_vocab = max(vocabulary.values()) + 1
-        except OSError as e:
-            raise UserError(f"cannot read the tokenizer {path}: {e.strerror}") from e
         except Exception as e:  # the package raises plain Exception
             raise UserError(f"{path} is not a Hugging Face tokenizer ({first_line(e)})") from e
         ends = ("<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "</s>", "<eos>", "<s>")
@@ -213,8 +203,6 @@ class TextStream:
 
     def __call__(self, token: int) -> str:
         """The text that is whole with this token."""
-        if token >= self.enc.n_vocab:  # a model can have more tokens than its tokenizer
-            return self.rest() + "\ufffd"
         self.waiting.append(token)
         text = self.text()
         if text.endswith("\ufffd"):
@@ -235,6 +223,7 @@ class TextStream:
 
 MAKE_AGAIN = "make the corpus again: python data.py (--help says how)"
 MAX_VOCAB = 1 << 20  # a damaged file must not make us allocate without bound
+SPLITS = ("train", "val")
 
 
 def read_meta(folder: Path) -> dict:
@@ -243,16 +232,11 @@ def read_meta(folder: Path) -> dict:
     if not path.exists():
         raise UserError(f"no tokenized corpus in {folder}; python data.py --help says how to make one")
     meta = read_json(path, MAKE_AGAIN)
-
-    def count(value, below: int = 1 << 63) -> bool:
-        return type(value) is int and 1 <= value < below
-
     try:
-        right = isinstance(meta["tokenizer"], str) and count(meta["vocab_size"], MAX_VOCAB)
-        right = right and meta["dtype"] in ("uint16", "uint32")
-        for split in ("train", "val"):
-            right = right and count(meta[split]["tokens"]) and count(meta[split]["bytes"])
-            right = right and isinstance(meta[split]["sha256"], str)
+        texts = [meta["tokenizer"], *(meta[split]["sha256"] for split in SPLITS)]
+        counts = [meta["vocab_size"], *(meta[split]["bytes"] for split in SPLITS)]
+        right = all(type(text) is str for text in texts) and all(type(n) is int and n > 0 for n in counts)
+        right = right and meta["dtype"] in ("uint16", "uint32") and meta["vocab_size"] < MAX_VOCAB
     except (KeyError, TypeError):
         right = False
     if not right:
@@ -264,12 +248,8 @@ def read_meta(folder: Path) -> dict:
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text in a file, without a byte-order mark. UserError where it cannot be read or is no
-    text."""
-    try:
-        raw = path.read_bytes()
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
+    """The UTF-8 text in a file, without a byte-order mark. UserError where it is something else."""
+    raw = path.read_bytes()
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{path} is UTF-16, not UTF-8 text; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW")
     try:
@@ -298,21 +278,18 @@ def text_files(folder: Path, pattern: str) -> list[Path]:
     paths = files_below(folder, pattern) if folder.is_dir() else [folder]
     if not paths:
         raise UserError(f"no file below {folder} matches --glob {pattern!r}; hidden ones are left out")
-    texts, left_out = [], {}
+    texts, left_out = [], []
     for path in paths:
         try:
             read_text(path)
             texts.append(path)
-        except UserError as e:
+        except (UserError, OSError) as e:
             if path == folder:
                 raise
-            left_out[path] = str(e)
+            left_out.append((path, e))
     if left_out:
-        names = ", ".join(str(path.relative_to(folder)) for path in sorted(left_out)[:3])
-        more = ", ..." if len(left_out) > 3 else ""
-        found = f"{len(left_out)} of {len(paths)} files below {folder} are not UTF-8 text: {names}{more}"
-        if utf16 := sum("UTF-16" in reason for reason in left_out.values()):
-            found += f" ({utf16} in UTF-16: convert with iconv -f UTF-16 -t UTF-8)"
+        reasons = "; ".join(first_line(e) for _, e in sorted(left_out)[:3]) + "; ..." * (len(left_out) > 3)
+        found = f"{len(left_out)} of {len(paths)} files below {folder} cannot be used: {reasons}"
         if len(left_out) > len(texts):
             raise UserError(f"{found}; choose the text files, for example --glob '*.txt'")
         print(f"left out: {found}")
@@ -348,28 +325,19 @@ def hugging_face(name: str, split: str, column: str) -> Callable[[], Iterator[st
         raise UserError("--hf needs the package datasets: pip install datasets") from e
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(name).suffix)
 
-    def failed(
-        e: Exception,
-    ) -> UserError:  # the package raises many kinds: no network, no such dataset or split
-        return UserError(f"--hf {name}: {first_line(e)}")
+    where = {"path": name}
+    if kind and Path(name).exists():
+        where = {"path": kind, "data_files": {split: name}}
 
     def texts() -> Iterator[str]:
         try:
-            for row in rows:
+            for row in datasets.load_dataset(**where, split=split, streaming=True):
+                if not isinstance(row.get(column), str | None) or column not in row:
+                    raise UserError(f"no text in a column {column!r}; it has {', '.join(row)}: use --column")
                 yield row[column] or ""
-        except Exception as e:
-            raise failed(e) from e
+        except Exception as e:  # the package raises many kinds: no network, no such dataset or split
+            raise UserError(f"--hf {name}: {first_line(e)}") from e
 
-    try:
-        if kind and Path(name).exists():
-            rows = datasets.load_dataset(kind, data_files={split: name}, split=split, streaming=True)
-        else:
-            rows = datasets.load_dataset(name, split=split, streaming=True)
-        first = next(iter(rows), {})
-    except Exception as e:
-        raise failed(e) from e
-    if column not in first or not isinstance(first[column], str | None):
-        raise UserError(f"--hf {name} has no text column {column!r}; it has {', '.join(first)}: use --column")
     return texts
 
 
@@ -451,7 +419,7 @@ def prepare(
         make_tokenizer(tokenizer, documents, work)
         enc = open_tokenizer(tokenizer, work)
         meta = {"tokenizer": tokenizer, "source": source} | write_tokens(work, documents, enc, n_bytes)
-        for split in ("train", "val"):
+        for split in SPLITS:
             if meta[split]["tokens"] < 2:
                 raise UserError(
                     f"{source} is too short: its {split} part has no text; give 1,000 characters or more"
@@ -473,7 +441,7 @@ def prepare(
 def write_tokens(folder: Path, documents: Callable[[], Iterable[str]], enc, n_bytes: int | None) -> dict:
     """Write train.bin and val.bin. Returns what meta.json says of them."""
     dtype = np.dtype("<u2" if enc.n_vocab <= 1 << 16 else "<u4")
-    files = {split: open(folder / f"{split}.bin", "wb") for split in ("train", "val")}
+    files = {split: open(folder / f"{split}.bin", "wb") for split in SPLITS}
     counts = {split: {"tokens": 0, "bytes": 0} for split in files}
     progress = Progress("tokenizing", n_bytes)
 
@@ -517,16 +485,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def verified(folder: Path) -> dict:
-    """The meta data of a tokenized corpus, after comparing its files with the checksums there."""
-    meta = read_meta(folder)
-    for split in ("train", "val"):
-        path = folder / f"{split}.bin"
-        if not path.exists() or sha256(path) != meta[split]["sha256"]:
-            raise UserError(f"{path} is missing or its sha256 is not the one in meta.json; {MAKE_AGAIN}")
-    return meta
-
-
 def prepare_dataset(name: str, folder: Path, tokenizer: str = "bpe:4096") -> dict:
     """Make one of the built-in corpora."""
     if name == "python":
@@ -548,22 +506,17 @@ def prepare_dataset(name: str, folder: Path, tokenizer: str = "bpe:4096") -> dic
 
 
 class Tokens:
-    """One split of a tokenized corpus, cut into windows of `block_size` tokens and the next one."""
+    """One split of a tokenized corpus, cut into windows of `block_size` tokens and the next one. UserError
+    where the file is not the one that meta.json describes, or is too short for a window."""
 
     def __init__(self, folder: str | Path, split: str, block_size: int):
         self.meta = read_meta(Path(folder))
         self.path, self.block_size = Path(folder) / f"{split}.bin", block_size
-        counts = self.meta[split]
-        self.bytes_per_token = counts["bytes"] / counts["tokens"]
-        try:
-            self.ids = np.memmap(self.path, dtype={"uint16": "<u2", "uint32": "<u4"}[self.meta["dtype"]], mode="r")
-        except (OSError, ValueError) as e:
-            raise UserError(f"cannot read {self.path} ({e}); {MAKE_AGAIN}") from e
-        if len(self.ids) != counts["tokens"]:
-            raise UserError(
-                f"{self.path} holds {len(self.ids):,} tokens and meta.json says {counts['tokens']:,}; "
-                f"{MAKE_AGAIN}"
-            )
+        about = self.meta[split]
+        if not self.path.exists() or sha256(self.path) != about["sha256"]:
+            raise UserError(f"{self.path} is missing or its sha256 is not that in meta.json; {MAKE_AGAIN}")
+        self.ids = np.memmap(self.path, dtype=self.meta["dtype"], mode="r")
+        self.bytes_per_token = about["bytes"] / len(self.ids)
         self.n_windows = (len(self.ids) - 1) // block_size
         if self.n_windows < 1:
             raise UserError(
@@ -577,13 +530,8 @@ class Tokens:
 
     def windows(self, starts: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets (one token on), each (B, block_size) int64."""
-        rows = np.stack([self.ids[s : s + self.block_size + 1] for s in starts]).astype(np.int64)
-        if rows.max() >= self.meta["vocab_size"]:
-            raise UserError(
-                f"{self.path} holds token id {rows.max()} and the vocabulary has "
-                f"{self.meta['vocab_size']:,}; {MAKE_AGAIN}"
-            )
-        rows = torch.from_numpy(rows)
+        rows = np.stack([self.ids[s : s + self.block_size + 1] for s in starts])
+        rows = torch.from_numpy(rows.astype(np.int64))
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def batch(self, i: int, batch_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -609,10 +557,11 @@ class Tokens:
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--dataset", choices=("python", "shakespeare"), help="a built-in corpus (the default: python)")
-    add("--input", metavar="PATH", help="a UTF-8 file, or a folder of them; needs --name")
+    source = parser.add_mutually_exclusive_group().add_argument
+    source("--dataset", choices=("python", "shakespeare"), help="a built-in corpus (the default: python)")
+    source("--input", metavar="PATH", help="a UTF-8 file, or a folder of them; needs --name")
+    source("--hf", metavar="NAME", help="a Hugging Face dataset or a local .jsonl or .parquet file")
     add("--glob", default="*", help="with --input FOLDER: the files to take [*, all]")
-    add("--hf", metavar="NAME", help="a Hugging Face dataset or a local .jsonl or .parquet file")
     add("--split", default="train", help="with --hf: the split to read [train]")
     add("--column", default="text", help="with --hf: the column that holds the text [text]")
     add("--name", help="the folder below --data_dir to write [the dataset's name]")
@@ -622,8 +571,6 @@ def main():
     args = parser.parse_args()
     if "" in (args.input, args.hf):
         raise UserError("--input and --hf must not be empty")
-    if sum(x is not None for x in (args.dataset, args.input, args.hf)) > 1:
-        raise UserError("--dataset, --input and --hf exclude each other; give one")
     if args.input and not args.name:
         raise UserError("--input needs --name NAME, the folder below --data_dir to write")
     name = args.name or (Path(args.hf).stem if args.hf else args.dataset or "python")

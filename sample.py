@@ -41,10 +41,14 @@ def arguments() -> argparse.Namespace:
     add("--exact_prefill", action="store_true", help="feed the prompt token by token (for cyclic plans)")
     add("--compile", action="store_true", help="compile the decode step: for many tokens")
     add("--device", default="auto", help="cpu, cuda, ... [auto]")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of weights and cache [auto]")
+    add(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of weights and cache [auto]"
+    )
     args = parser.parse_args()
     if 0 < args.temperature < 1e-6:
-        raise UserError(f"--temperature {args.temperature} is not valid; it must be 0 (greedy) or 1e-6 or more")
+        raise UserError(
+            f"--temperature {args.temperature} is not valid; it must be 0 (greedy) or 1e-6 or more"
+        )
     return args
 
 

@@ -117,7 +117,9 @@ def auto_plan(spec: str, out_dir: str) -> str:
     try:
         limit = float(share)
     except ValueError as e:
-        raise UserError(f"plan {spec!r}: {share!r} is not a share of the full cache, for example auto:0.5") from e
+        raise UserError(
+            f"plan {spec!r}: {share!r} is not a share of the full cache, for example auto:0.5"
+        ) from e
     try:
         rows = read_json(Path(out_dir) / "search.jsonl", search_again, lines=True)
         found = [(float(r["calibration_loss"]), float(r["cache_ratio"]), str(r["plan"])) for r in rows]
@@ -133,7 +135,10 @@ def auto_plan(spec: str, out_dir: str) -> str:
 
 
 def choose(
-    runs: dict[str, GPT], folders: list[str], specs: list[str] | None, found: dict[str, list[Plan]] | None = None
+    runs: dict[str, GPT],
+    folders: list[str],
+    specs: list[str] | None,
+    found: dict[str, list[Plan]] | None = None,
 ) -> list[tuple[str, Plan]]:
     """The runs and plans to score: the plans asked for, or the ladder of each run; always `full` where a run
     has it, to compare with; and those `found` for single runs. A plan that a run cannot have is left out with
@@ -237,15 +242,12 @@ def draw(rows: list[dict], path: Path) -> None:
             marker, _, colour = STYLES[i % len(STYLES)]
             others = [row for row in own if row not in best]
             ax.plot(*points(others), marker=marker, mfc="white", mec=colour, linestyle="none", zorder=2)
-            errors = [row.get("delta_stderr", 0) for row in own]
-            ax.errorbar(*points(own), yerr=errors, color=colour, capsize=2, linewidth=1, ls="none", zorder=2)
         ax.plot(*points(pareto(rows)), "o", ms=13, mfc="none", mec="black", label="best for its cache size")
         ax.set_xlim(0, full * 1.05)
         label_percentages(ax, shares, full)
-        ax.set(xlabel="KV cache, percent of a full one", ylabel="held-out loss, nats per token")
-        top = ax.secondary_xaxis("top")
-        top.set_xticks([full * share for share in shares], [f"{full * share:,.0f}" for share in shares])
-        top.set_xlabel("KV cache, bytes per token")
+        ax.set(
+            xlabel=f"KV cache, percent of {full:,.0f} bytes per token", ylabel="held-out loss, nats per token"
+        )
 
 
 def draw_curves(folders: list[str], path: Path) -> None:
@@ -257,9 +259,8 @@ def draw_curves(folders: list[str], path: Path) -> None:
             log = read_json(Path(folder) / "log.jsonl", "--curves takes the folders of runs", lines=True)
             for ax, (key, (scale, label)) in zip(axes, scales.items()):
                 for loss in ("train_loss", "val_loss"):
-                    known = [row for row in log if all(isinstance(row.get(k), int | float) for k in (loss, key, "step"))]
-                    rows = [row for row in known if row["step"] > 0]
-                    x, y = [row[key] / scale for row in rows], [row[loss] for row in rows]
+                    rows = [row for row in log if loss in row and row.get("step", 0) > 0]
+                    x, y = [row.get(key, 0) / scale for row in rows], [row[loss] for row in rows]
                     if loss == "train_loss":
                         ax.plot(x, y, color=STYLES[i % len(STYLES)][2], linewidth=0.8, alpha=0.3)
                     else:
@@ -359,7 +360,9 @@ def main():
         if args.search:
             train_tokens = data.Tokens(tokens.path.parent, "train", tokens.block_size)
             losses = partial(measure, model, train_tokens, args.windows // 4 or 1)
-            found[name] = search_and_save(path, model, lambda plan, losses=losses: float(losses(plan=plan).mean()))
+            found[name] = search_and_save(
+                path, model, lambda plan, losses=losses: float(losses(plan=plan).mean())
+            )
     todo = choose(runs, args.out_dir, args.plans, found)
     rows = score(runs, todo, tokens, lambda model, plan: measure(model, tokens, args.windows, plan=plan))
     print(score_table(rows))

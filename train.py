@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import data
 import kernels
 from kv_router import StochasticRouter, uniform_below
 from model import GPT, GPTConfig
@@ -192,13 +191,12 @@ def train(c: TrainConfig, model: GPT, router: StochasticRouter | None, run: Run,
     """From the run's first step to its last: look, stop, step, report. Returns the number of the signal that
     stopped it earlier, or 0."""
     context = partial(devices.autocast, device, dtype)
-    tokens, held_out = (data.Tokens(c.corpus, split, c.block_size) for split in ("train", "val"))
     optimizers = make_optimizers(model, c, dtype)
     run.restore(model, optimizers)
 
     def loss_on_held_out(plan=None) -> float:
         n = c.eval_iters * c.batch_size
-        return float(window_losses(model, held_out, n, c.batch_size, plan, context).mean())
+        return float(window_losses(model, run.held_out, n, c.batch_size, plan, context).mean())
 
     losses: list[Tensor] = []  # and gradient norms, of the steps since the last report
     with Signals() as signals:
@@ -211,19 +209,20 @@ def train(c: TrainConfig, model: GPT, router: StochasticRouter | None, run: Run,
                 loss = goal = loss_on_held_out()
                 if router:  # sharing: the full cache is one plan of many; the best step is best over draws
                     goal = loss_on_held_out(router.plan)
-                run.report_look(step, loss, goal, held_out.bits_per_byte(loss), step * c.tokens_per_step)
+                run.report_look(step, loss, goal, step * c.tokens_per_step)
             if stop or (due and (step > 0 or c.max_iters == 0)):  # an untrained model is not saved
                 run.save(step, model, optimizers, goal)
             if stop or step == c.max_iters:
                 return stop
 
-            losses.append(take_step(step, c, model, router, optimizers, tokens, context, device))
+            losses.append(take_step(step, c, model, router, optimizers, run.tokens, context, device))
 
             # Report, also before each look, so that the log is complete at every checkpoint.
             done = step + 1
             at_end = done == c.max_iters or signals.received
             if at_end or done % c.log_interval == 0 or done % c.eval_interval == 0:
-                plans = [router.plan(i).spec for i in c.micro_steps(done - len(losses), done)] if router else []
+                drawn = c.micro_steps(done - len(losses), done)
+                plans = [router.plan(i).spec for i in drawn] if router else []
                 run.report(done, losses, learning_rate(step, c), plans, c.tokens_per_step, c.max_iters - done)
                 losses = []
 
@@ -269,10 +268,9 @@ def make_model(c: TrainConfig, run: Run, vocab_size: int, device: str) -> GPT:
 def main(rule: Callable = uniform_below) -> None:
     """`rule` draws the plans of stochastic routing, see kv_router.StochasticRouter."""
     c, run = settings.start(TrainConfig, FREE_ON_RESUME, __doc__)
-    router, how = None, f"plan {c.plan}"
+    router = None
     if c.router_p:
         router = StochasticRouter(c.n_layer, c.router_p, c.seed, c.plan, c.router_lowest, rule)
-        how += f", stochastic routing with p = {c.router_p}"
     device = parallel.join(devices.pick_device(c.device))
     vocab_size = run.find_corpus(c.corpus, c.block_size)
     model = make_model(c, run, vocab_size, device)
@@ -284,10 +282,12 @@ def main(rule: Callable = uniform_below) -> None:
     if c.shard:
         parallel.shard(model, device)
     model.to(device).train()
-    print(f"{c.out_dir}: {n_params:,} parameters, {how}, {c.max_iters} steps of {c.tokens_per_step:,} tokens")
+    print(f"{c.out_dir}: {n_params:,} parameters, plan {c.plan}, router_p {c.router_p:g}")
     dtype, dtype_reason = devices.pick_dtype(c.dtype, device)
     name = devices.device_name(device)
-    print(f"{name}, {str(dtype).removeprefix('torch.')} ({dtype_reason}), {'' if compiled else 'not '}compiled ({why})")
+    how = "compiled" if compiled else "not compiled"
+    print(f"{name}, {str(dtype).removeprefix('torch.')} ({dtype_reason}), {how} ({why})")
+    print(f"steps {run.start} to {c.max_iters}, {c.tokens_per_step:,} tokens each")
     run.open(asdict(c), {"device": name, "dtype": str(dtype), "parameters": n_params})
     run.close(train(c, model, router, run, device, dtype))
 

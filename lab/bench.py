@@ -132,8 +132,8 @@ def bandwidth(x: Tensor) -> float:
 
 
 def measure(contender, prompt: int, batch: int, filled: int, n: int) -> tuple:
-    """TTFT and TPOT in seconds, and the cache in bytes, of a prompt and n new tokens, after `filled` positions
-    that are in the cache already."""
+    """TTFT and TPOT in seconds, and the cache in bytes, of a prompt and n new tokens, after `filled`
+    positions that are in the cache already."""
     device, vocab_size = contender.placement["device"], contender.vocab_size
     idx = torch.randint(vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
     cache = contender.cache(batch, filled + prompt + n)
@@ -213,7 +213,9 @@ def report(rows: list[dict]) -> str:
     lines = [["", "context", "batch", *(cell for name in names.values() for cell in (name, "ratio (pred.)"))]]
     lines[0].append("of bandwidth")
     for row in rows:
-        base = next(r for r in rows if (r["context"], r["ttft"] is None) == (row["context"], row["ttft"] is None))
+        base = next(
+            r for r in rows if (r["context"], r["ttft"] is None) == (row["context"], row["ttft"] is None)
+        )
         cells = [row["name"], str(row["context"]), str(row["batch"])]
         for key in names:
             if row[key] is None:

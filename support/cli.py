@@ -70,7 +70,7 @@ def run(main: Callable[[], None]):
     except OSError as e:  # no space, no permission, a file where a folder should be
         if e.filename is None and e.errno is None:
             raise
-        fail(f"{e.filename or 'the disk'}: {e.strerror}")
+        fail(f"cannot read or write {e.filename or 'the disk'}: {e.strerror}")
     except (MemoryError, RuntimeError) as e:
         # torch's allocators raise RuntimeErrors that only their text tells from others.
         if not isinstance(e, MemoryError) and not re.search("out of memory|allocate memory", str(e)):
@@ -165,8 +165,6 @@ def read_toml(path: str, cls) -> dict:
     try:
         with open(path, "rb") as file:
             settings = tomllib.load(file)
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}; config/ holds the presets") from e
     except (ValueError, RecursionError) as e:  # bad syntax, no UTF-8, a thousand nested brackets
         raise UserError(f"{path} is not TOML: {first_line(e)}") from e
     return checked(settings, cls, path)
@@ -326,7 +324,9 @@ class Progress:
         if self.total:
             left = duration(max(0, self.total - done) / rate) if rate else "?"
             text = f"{self.what} {min(1, done / self.total):4.0%} {note}  {left} left"
-        print(f"\r{text:<78}" if self.live else text, end="" if self.live else "\n", file=sys.stderr, flush=True)
+        print(
+            f"\r{text:<78}" if self.live else text, end="" if self.live else "\n", file=sys.stderr, flush=True
+        )
 
     def close(self):
         """Take the line away, so that what comes next starts on its own."""

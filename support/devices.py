@@ -21,8 +21,6 @@ def pick_device(name: str, many_shapes: bool = False) -> str:
     if name == "auto" and torch.cuda.is_available():
         name = "cuda"
     elif name == "auto":
-        if torch.version.cuda and torch.cuda.device_count() == 0:
-            print(f"torch is built for CUDA {torch.version.cuda} and finds no GPU; its driver may be too old")
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(1, device=name)

@@ -42,7 +42,11 @@ NEUTRAL = {  # what a config may ask for and this model does not have -> the val
     "hidden_act": "silu", "partial_rotary_factor": 1.0, "pretraining_tp": 1, "is_causal": True,
     "attention_bias": False, "mlp_bias": False,
 }  # fmt: skip
-UNREAD = {"qwen2": ("attention_bias", "mlp_bias"), "qwen3": ("mlp_bias",), "mistral": ("attention_bias", "mlp_bias")}
+UNREAD = {
+    "qwen2": ("attention_bias", "mlp_bias"),
+    "qwen3": ("mlp_bias",),
+    "mistral": ("attention_bias", "mlp_bias"),
+}
 LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 # Keys that change nothing here, because they are read elsewhere or ask for nothing.
 SILENT = """architectures dtype torch_dtype transformers_version model_type use_cache return_dict id2label label2id
@@ -78,7 +82,9 @@ def read_config(folder: str | Path, block_size: int | None = None) -> GPTConfig:
         drop_retired(own, path)
     own = checked(own, GPTConfig, f"{path}, nanokv")
     if unknown := set(own) - OWN:
-        raise UserError(f"{path}: {min(unknown)!r} under nanokv is not known; valid are {', '.join(sorted(OWN))}")
+        raise UserError(
+            f"{path}: {min(unknown)!r} under nanokv is not known; valid are {', '.join(sorted(OWN))}"
+        )
     rope = read_rope(hf, path)
     return GPTConfig(**sizes, **FAMILIES[family], **own, **rope, stop_tokens=stop_tokens(Path(folder), hf))
 
@@ -150,32 +156,21 @@ def stop_tokens(folder: Path, hf: dict) -> list[int]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's safetensors: of one file, or of the shards that its index names."""
+    """All tensors of a folder's model*.safetensors: one file, or several shards."""
     try:
         from safetensors.torch import load_file
     except ImportError as e:
         raise UserError("Hugging Face folders need the package safetensors: pip install safetensors") from e
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        weight_map = read_json(index, FETCH).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
-            raise UserError(f"{index} has no weight_map of file names; {FETCH}")
-        shards = sorted(set(weight_map.values()))
-        if any(Path(shard).name != shard for shard in shards):
-            raise UserError(f"{index} names a shard outside the folder")
-        files = [folder / shard for shard in shards]
-    elif single.exists():
-        files = [single]
-    elif pickled := next(folder.glob("*.bin"), None) or next(folder.glob("*.pt*"), None):
-        raise UserError(f"{pickled} holds pickled weights, which can run code; convert them to safetensors")
-    else:
-        raise UserError(f"{folder} has no model.safetensors and no model.safetensors.index.json")
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        pickled = next(folder.glob("*.bin"), None) or next(folder.glob("*.pt*"), None)
+        if pickled:
+            raise UserError(f"{pickled} holds pickled weights, which can run code; convert to safetensors")
+        raise UserError(f"{folder} has no model*.safetensors; {FETCH}")
     tensors = {}
     for file in files:
         try:
             tensors |= load_file(file)
-        except FileNotFoundError as e:
-            raise UserError(f"the shard {file} is missing; {FETCH}") from e
         except Exception as e:  # safetensors' own error type, for what is truncated or no safetensors at all
             raise UserError(f"{file} is damaged or no safetensors file ({e}); {FETCH}") from e
     return {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}

@@ -25,9 +25,7 @@ RANKS = int(os.environ.get("WORLD_SIZE", 1))
 def check(batch_size: int, shard: bool) -> None:
     """UserError for settings that this number of ranks cannot have."""
     if batch_size % RANKS:
-        raise UserError(
-            f"--batch_size {batch_size} cannot be divided among {RANKS} ranks; give a multiple"
-        )
+        raise UserError(f"--batch_size {batch_size} cannot be divided among {RANKS} ranks; give a multiple")
     if shard and RANKS == 1:
         raise UserError(
             "--shard splits a model over several devices; start it with torchrun, or leave it out"

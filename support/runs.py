@@ -9,6 +9,7 @@ import errno
 import io
 import json
 import math
+import operator
 import os
 import platform
 import shlex
@@ -18,7 +19,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
@@ -52,10 +53,8 @@ def load_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         for settings in (checkpoint["config"], checkpoint["model_config"]):
             drop_retired(settings, path)
-        if not isinstance(checkpoint["step"], int) or not 0 <= checkpoint["step"] < 1 << 31:
-            raise ValueError("no step has such a number")
-        if not all(isinstance(name, str) for name in checkpoint["config"]):
-            raise ValueError("its settings have no names")
+        # Errors here too, and not later, where these are no numbers.
+        operator.index(checkpoint["step"]), float(checkpoint["time"]), float(checkpoint["best_val_loss"])
         return checkpoint
     except UserError:
         raise
@@ -97,8 +96,6 @@ def model_from(path: Path, checkpoint: dict) -> GPT:
     try:
         config = GPTConfig(**checked(checkpoint["model_config"], GPTConfig, path))
         rope_frequencies(config)  # which has settings of its own
-        if not all(type(token) is int for token in config.stop_tokens):
-            raise ValueError("its stop_tokens are no tokens")
         with torch.device("meta"):
             model = GPT(config)
         model.to_empty(device="cpu")  # touches no memory yet: settings in a file could ask for any size
@@ -118,10 +115,7 @@ def load_run(out_dir: str | Path, device: str = "cpu") -> tuple[GPT, SimpleNames
     if (folder / "meta.json").exists():
         if data.read_meta(folder)["train"]["sha256"] != checkpoint["corpus"]:
             raise UserError(f"{folder / 'meta.json'} is not of the corpus that {path} was trained on")
-    config = SimpleNamespace(**checkpoint["config"])
-    if not all(isinstance(getattr(config, name, None), str) for name in ("dataset", "data_dir", "dtype")):
-        raise UserError(f"{path} holds damaged settings; train anew: python train.py --out_dir=NEW")
-    return model_from(path, checkpoint).to(device).eval(), config
+    return model_from(path, checkpoint).to(device).eval(), SimpleNamespace(**checkpoint["config"])
 
 
 @torch.no_grad()
@@ -176,11 +170,7 @@ class Run:
             self.take_folder()
         self.source, self.checkpoint = find_checkpoint(self.folder)
         self.start = self.saved = self.looked_at = self.checkpoint["step"]
-        try:
-            self.best = float(self.checkpoint["best_val_loss"])
-            self.seconds_before = float(self.checkpoint["time"])
-        except (KeyError, TypeError, ValueError) as e:
-            raise UserError(f"{self.source} is not a checkpoint of a training run") from e
+        self.best, self.seconds_before = self.checkpoint["best_val_loss"], self.checkpoint["time"]
         if self.source.name == "best.pt" and self.writes:  # ckpt.pt is missing, older or damaged
             replace_file(self.folder / "ckpt.pt", self.source.read_bytes())
         self.pace = Pace(self.start)
@@ -198,14 +188,13 @@ class Run:
             )
 
     def find_corpus(self, folder: Path, block_size: int) -> int:
-        """See that the corpus is there, intact, long enough, and the one that the checkpoint was trained on; a
+        """Open both splits of the corpus, which must be the one that the checkpoint was trained on; a
         built-in one is made where it is missing. Returns the size of its vocabulary."""
         if parallel.RANK == 0 and not self.checkpoint and not folder.exists():
             data.prepare_dataset(folder.name, folder)
         parallel.wait_for_all()
-        meta = data.verified(folder)
-        for split in ("train", "val"):
-            data.Tokens(folder, split, block_size)
+        self.tokens, self.held_out = (data.Tokens(folder, split, block_size) for split in data.SPLITS)
+        meta = self.tokens.meta
         self.corpus, self.corpus_sha = folder, meta["train"]["sha256"]
         if self.checkpoint and self.checkpoint.get("corpus") != self.corpus_sha:
             raise UserError(
@@ -235,21 +224,14 @@ class Run:
         self.open_log(self.folder / "log.jsonl")
 
     def open_log(self, path: Path) -> None:
-        """A resumed run drops the lines of steps that came after its checkpoint."""
-        kept, damaged = [], 0
-        old = path.read_text(encoding="utf-8", errors="replace") if self.checkpoint and path.exists() else ""
-        for line in old.split("\n"):
-            try:
-                step = json.loads(line)["step"]
-                if type(step) is not int or step < 0:
-                    raise ValueError("no step has such a number")
-                if step <= self.start:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError, RecursionError):
-                damaged += bool(line)  # a killed run can leave half a line
-        if damaged:
-            print(f"{path}: left out {damaged} damaged line(s)")
-        replace_file(path, "".join(kept).encode())
+        """A resumed run drops the lines of steps that came after its checkpoint, and what is no line of a
+        log: a killed run can leave half of one."""
+        kept = []
+        for line in path.read_bytes().splitlines(keepends=True) if self.checkpoint and path.exists() else ():
+            with suppress(ValueError, KeyError, TypeError):
+                if json.loads(line)["step"] <= self.start:
+                    kept.append(line)
+        replace_file(path, b"".join(kept))
         self.log_file = open(path, "a", encoding="utf-8")
 
     def restore(self, model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -258,16 +240,13 @@ class Run:
         if not self.checkpoint:
             return
         try:
-            saved = self.checkpoint["optimizer"]
             owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
-            for name, p in model.named_parameters():
-                for moment, t in saved.get(name, {}).items():
-                    if moment != "step" and t.shape != p.shape:
-                        raise ValueError(f"{moment} of {name} has another shape")
+            parameters = dict(model.named_parameters())
+            for name, moments in self.checkpoint["optimizer"].items():
+                p = parameters[name]
+                for moment, t in moments.items():
                     t = parallel.like(t, p) if t.shape == p.shape else t
                     owner[p].state[p][moment] = t.to(p.device)
-            if bool(saved) != bool(self.start) or set(saved) - dict(model.named_parameters()).keys():
-                raise ValueError("it is of an earlier version")
         except Exception as e:  # whatever a file can hold in place of tensors
             raise UserError(
                 f"{self.source} does not hold the state of this optimizer ({first_line(e)}); go on from its "
@@ -285,11 +264,11 @@ class Run:
         except OSError as e:
             self.fail(f"cannot write {self.log_file.name}: {e.strerror}", "fix that and resume")
 
-    def report_look(self, step: int, loss: float, goal: float, bits_per_byte: float, tokens: int) -> None:
+    def report_look(self, step: int, loss: float, goal: float, tokens: int) -> None:
         """A line on the screen and in the log: the held-out loss, and the `goal` by which the best step is
         chosen where that is another."""
-        row = {"val_loss": loss, "val_bpb": bits_per_byte}
-        text = f"step {step:5}  val {loss:.4f} nats/token  {bits_per_byte:.4f} bits/byte"
+        row = {"val_loss": loss, "val_bpb": self.held_out.bits_per_byte(loss)}
+        text = f"step {step:5}  val {loss:.4f} nats/token  {row['val_bpb']:.4f} bits/byte"
         if goal != loss:
             row["val_loss_routed"] = goal
             text += f"  {goal:.4f} over drawn plans"
@@ -325,7 +304,9 @@ class Run:
         self.best = min(goal, self.best)
         moments = {p: moments for o in optimizers for p, moments in o.state.items()}
         by_name = {name: moments[p] for name, p in model.named_parameters() if p in moments}
-        state = parallel.gathered({"model": model.state_dict(), "optimizer": by_name})  # every rank takes part
+        state = parallel.gathered(
+            {"model": model.state_dict(), "optimizer": by_name}
+        )  # every rank takes part
         self.pace = Pace(step)  # which leaves out the time that looking and saving took
         if not self.writes:
             return
