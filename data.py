@@ -13,22 +13,32 @@ import http.client
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
 import sysconfig
-import tempfile
 import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from support import cli
+from support.cli import (
+    Parser,
+    Progress,
+    UserError,
+    first_line,
+    new_folder,
+    one_line,
+    read_json,
+    read_text,
+    user_path,
+)
+
 import numpy as np
 import tiktoken
 import torch
-
-from support import cli
-from support.cli import Parser, Progress, UserError, first_line, read_json
 
 # --- tokenizers -------------------------------------------------------------------------------------------
 
@@ -36,6 +46,7 @@ from support.cli import Parser, Progress, UserError, first_line, read_json
 # punctuation, line ends, indentation. Written so that Python's re and tiktoken's regex engine both read it.
 PATTERN = r" ?[^\W\d_]+|\d{1,3}| ?(?:[^\s\w]|_)+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"
+LONGEST_WORD = 32  # characters: merges are learned from pieces of longer ones, which text without spaces has
 BPE_SAMPLE = 100_000_000  # characters: enough text to learn merges from; more changes little and takes memory
 
 
@@ -51,7 +62,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     """
     seen = Counter()
     for text in texts:
-        seen.update(re.findall(PATTERN, text))
+        for piece in pieces(text):
+            for word in re.findall(PATTERN, piece):
+                seen.update(word[i : i + LONGEST_WORD] for i in range(0, len(word), LONGEST_WORD))
     words = [list(word.encode()) for word in seen]
     freq = list(seen.values())
 
@@ -169,25 +182,49 @@ class JsonTokenizer:
             self.n_vocab = max(vocabulary.values()) + 1
         except Exception as e:  # the package raises plain Exception
             raise UserError(f"{path} is not a Hugging Face tokenizer ({first_line(e)})") from e
+        # What else a file can store must not touch the text: only its ids are wanted.
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True  # what spells a special token is ordinary text
+        if hasattr(self.tokenizer.model, "dropout"):
+            self.tokenizer.model.dropout = None
         ends = ("<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "</s>", "<eos>", "<s>")
-        self.eot_token = next((vocabulary[end] for end in ends if end in vocabulary), None)
-        if self.eot_token is None:
-            raise UserError(f"{path} has none of the end-of-text tokens {', '.join(ends)}")
+        named = end_of_text(path.parent, self.tokenizer.id_to_token)
+        self.eot = next((end for end in (*named, *ends) if end in vocabulary), None)
+        if self.eot is None:
+            raise UserError(
+                f"{path} has none of the end-of-text tokens {', '.join(ends)}; name its own as eos_token in "
+                "tokenizer_config.json"
+            )
+        self.eot_token = vocabulary[self.eot]
         # What the tokenizer itself puts in front of every text: the BOS of Llama's.
         plain, full = self.encode_ordinary("a"), self.tokenizer.encode("a").ids
         starts = [n for n in range(len(full)) if full[n : n + len(plain)] == plain]
         self.start = full[: starts[0]] if starts else []
 
     def encode_ordinary(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as e:  # the package raises plain Exception, where there is no token for unknown text
+            raise UserError(f"this tokenizer.json cannot encode the text ({first_line(e)})") from e
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
+def end_of_text(folder: Path, token: Callable[[int], str]) -> list[str]:
+    """The end of a text as the folder's tokenizer_config.json and config.json name it."""
+    configs = {"tokenizer_config.json": "eos_token", "config.json": "eos_token_id"}
+    there = {folder / name: key for name, key in configs.items() if (folder / name).exists()}
+    found = [read_json(path, "mend or remove it").get(key) for path, key in there.items()]
+    found = [end.get("content") if isinstance(end, dict) else end for end in found]
+    return [token(end) if type(end) is int else end for end in found if isinstance(end, int | str)]
+
+
 def prompt(enc: "tiktoken.Encoding | JsonTokenizer", text: str) -> list[int]:
     """The tokens of a text that is to be continued, after what its tokenizer puts in front of every text. An
     empty one begins as a document does: after the end of the one before."""
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # a shell can give any bytes
     start = getattr(enc, "start", [])
     return start + enc.encode_ordinary(text) or [enc.eot_token]
 
@@ -224,13 +261,21 @@ class TextStream:
 MAKE_AGAIN = "make the corpus again: python data.py (--help says how)"
 MAX_VOCAB = 1 << 20  # a damaged file must not make us allocate without bound
 SPLITS = ("train", "val")
+TOKENIZER_FILES = ("tokenizer.tiktoken", "tokenizer.json", "tokenizer_config.json")
+
+
+def is_corpus(folder: Path) -> bool:
+    """Whether a folder holds what `prepare` writes, and nothing else."""
+    names = {path.name for path in folder.iterdir()}
+    return "meta.json" in names and names <= {"meta.json", "train.bin", "val.bin", *TOKENIZER_FILES}
 
 
 def read_meta(folder: Path) -> dict:
     """What meta.json says of a corpus. UserError where it is missing, or is not what `prepare` writes."""
     path = folder / "meta.json"
     if not path.exists():
-        raise UserError(f"no tokenized corpus in {folder}; python data.py --help says how to make one")
+        make = "python data.py --help says how to make one, --data_dir where others are"
+        raise UserError(f"no tokenized corpus in {folder}; {make}")
     meta = read_json(path, MAKE_AGAIN)
     try:
         texts = [meta["tokenizer"], *(meta[split]["sha256"] for split in SPLITS)]
@@ -247,51 +292,38 @@ def read_meta(folder: Path) -> dict:
 # --- text -------------------------------------------------------------------------------------------------
 
 
-def read_text(path: Path) -> str:
-    """The UTF-8 text in a file, without a byte-order mark. UserError where it is something else."""
-    raw = path.read_bytes()
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path} is UTF-16, not UTF-8 text; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(
-            f"{path} is not UTF-8 text (byte {e.start}); convert it, for example with iconv -t UTF-8"
-        ) from e
-
-
-def files_below(folder: Path, pattern: str, left_out: Iterable[str] = ()) -> list[Path]:
-    """Files in a fixed order that mixes folders, so that a held-out share of them is a fair sample. Hidden
-    ones (.git) and folders named in `left_out` are skipped."""
-    paths = []
-    for path in sorted(folder.rglob(pattern)):
-        parts = path.relative_to(folder).parts
-        if path.is_file() and not any(part.startswith(".") or part in left_out for part in parts):
-            paths.append(path)
+def files_below(folder: Path, pattern: str, left_out: Iterable[str] = ()) -> tuple[list[Path], list[str]]:
+    """Files in a fixed order that mixes folders, so that a held-out share of them is a fair sample; and what
+    else was met: links to folders, and folders that cannot be read. Hidden ones (.git) and those named in
+    `left_out` are skipped."""
+    paths, met = [], []
+    for parent, folders, files in os.walk(folder, onerror=lambda e: met.append(str(e))):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in left_out)
+        met.extend(f"{parent}/{name}: a link" for name in folders if os.path.islink(f"{parent}/{name}"))
+        found = [Path(parent, name) for name in sorted(files) if not name.startswith(".")]
+        paths += [path for path in found if path.match(pattern) and path.is_file()]
+    paths.sort()
     random.Random(0).shuffle(paths)
-    return paths
+    return paths, met
 
 
 def text_files(folder: Path, pattern: str) -> list[Path]:
-    """The files below a folder that match the pattern and hold UTF-8 text, or a single file. Says what was
-    left out, and raises UserError where nothing matches or most files are something else."""
-    paths = files_below(folder, pattern) if folder.is_dir() else [folder]
+    """The files below a folder that match the pattern and hold UTF-8 text. Says what was left out, and raises
+    UserError where nothing matches or most files are something else."""
+    paths, left_out = files_below(folder, pattern)
     if not paths:
         raise UserError(f"no file below {folder} matches --glob {pattern!r}; hidden ones are left out")
-    texts, left_out = [], []
+    texts = []
     for path in paths:
         try:
             read_text(path)
             texts.append(path)
         except (UserError, OSError) as e:
-            if path == folder:
-                raise
-            left_out.append((path, e))
+            left_out.append(first_line(e))
     if left_out:
-        reasons = "; ".join(first_line(e) for _, e in sorted(left_out)[:3]) + "; ..." * (len(left_out) > 3)
-        found = f"{len(left_out)} of {len(paths)} files below {folder} cannot be used: {reasons}"
+        found = f"{len(left_out)} below {folder}: " + "; ".join(left_out[:3]) + "; ..." * (len(left_out) > 3)
         if len(left_out) > len(texts):
-            raise UserError(f"{found}; choose the text files, for example --glob '*.txt'")
+            raise UserError(f"most cannot be used, {found}; choose the text files, as --glob '*.txt'")
         print(f"left out: {found}")
     return texts
 
@@ -299,7 +331,7 @@ def text_files(folder: Path, pattern: str) -> list[Path]:
 def python_corpus() -> list[Path]:
     folder = Path(sysconfig.get_path("stdlib"))
     left_out = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
-    return files_below(folder, "*.py", left_out)
+    return files_below(folder, "*.py", left_out)[0]
 
 
 def download(url: str, size: int) -> str:
@@ -317,26 +349,25 @@ def download(url: str, size: int) -> str:
         ) from e
 
 
-def hugging_face(name: str, split: str, column: str) -> Callable[[], Iterator[str]]:
-    """Stream the texts of a Hugging Face dataset, or of a local .jsonl, .json or .parquet file."""
+def hugging_face(name: str, config: str | None, split: str, column: str) -> Callable[[], Iterator[str]]:
+    """Stream the texts of a Hugging Face dataset, of one of its configurations, or of a local file."""
     try:
         import datasets
     except ImportError as e:
         raise UserError("--hf needs the package datasets: pip install datasets") from e
-    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(name).suffix)
-
-    where = {"path": name}
-    if kind and Path(name).exists():
-        where = {"path": kind, "data_files": {split: name}}
+    where = {"path": name, "name": config, "split": split, "streaming": "[" not in split}
+    if Path(name).is_file():
+        kind = Path(name.removesuffix(".gz")).suffix
+        where |= {"path": {".jsonl": "json", ".txt": "text"}.get(kind, kind[1:]), "data_files": name}
 
     def texts() -> Iterator[str]:
         try:
-            for row in datasets.load_dataset(**where, split=split, streaming=True):
+            for row in datasets.load_dataset(**where):
                 if not isinstance(row.get(column), str | None) or column not in row:
                     raise UserError(f"no text in a column {column!r}; it has {', '.join(row)}: use --column")
                 yield row[column] or ""
         except Exception as e:  # the package raises many kinds: no network, no such dataset or split
-            raise UserError(f"--hf {name}: {first_line(e)}") from e
+            raise UserError(f"--hf {name}: {one_line(str(e))}") from e
 
     return texts
 
@@ -359,7 +390,7 @@ def split_documents(documents: Iterable[str]) -> Iterator[tuple[str, str]]:
             yield text[cut:], "val"
 
 
-def pieces(text: str, size: int = 1 << 20) -> Iterator[str]:
+def pieces(text: str, size: int = 1 << 18) -> Iterator[str]:
     """Cut a long text at line ends into about `size` characters, to tokenize it in bounded memory."""
     start = 0
     while start < len(text):
@@ -384,8 +415,9 @@ def make_tokenizer(name: str, documents: Callable[[], Iterable[str]], folder: Pa
         read_ranks(Path(name))
         shutil.copyfile(name, path)
     elif name.endswith(".json"):
-        JsonTokenizer(Path(name))
+        eot = JsonTokenizer(Path(name)).eot
         shutil.copyfile(name, folder / "tokenizer.json")
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eot}), encoding="utf-8")
     elif name not in ("bytes", "gpt2"):
         raise UserError(
             f"--tokenizer {name}: valid are bpe:SIZE (for example bpe:4096), gpt2, bytes, a .tiktoken file, "
@@ -412,9 +444,7 @@ def prepare(
 ) -> dict:
     """Tokenize `documents()` (called once or twice) into folder/train.bin, val.bin and meta.json. The folder
     appears whole or not at all. `n_bytes`, where known, is for the time left. Returns the meta data."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with new_folder(folder, replace=is_corpus) as work:
         print(f"{folder}: tokenizer {tokenizer}", flush=True)
         make_tokenizer(tokenizer, documents, work)
         enc = open_tokenizer(tokenizer, work)
@@ -425,10 +455,6 @@ def prepare(
                     f"{source} is too short: its {split} part has no text; give 1,000 characters or more"
                 )
         (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        work.chmod(0o755)  # mkdtemp made it private
-        take_place(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     t, v = meta["train"], meta["val"]
     ratio = (t["bytes"] + v["bytes"]) / (t["tokens"] + v["tokens"])
     print(
@@ -463,20 +489,6 @@ def write_tokens(folder: Path, documents: Callable[[], Iterable[str]], enc, n_by
         file.close()
         counts[split]["sha256"] = sha256(folder / f"{split}.bin")
     return {"vocab_size": enc.n_vocab, "dtype": dtype.name} | counts
-
-
-def take_place(work: Path, folder: Path) -> None:
-    """Rename `work` to `folder`. An older folder of that name goes, once the new one is there."""
-    old = work.with_name(work.name + "-replaced")
-    if folder.exists():
-        folder.rename(old)
-    try:
-        work.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:
@@ -515,12 +527,13 @@ class Tokens:
         about = self.meta[split]
         if not self.path.exists() or sha256(self.path) != about["sha256"]:
             raise UserError(f"{self.path} is missing or its sha256 is not that in meta.json; {MAKE_AGAIN}")
-        self.ids = np.memmap(self.path, dtype=self.meta["dtype"], mode="r")
-        self.bytes_per_token = about["bytes"] / len(self.ids)
-        self.n_windows = (len(self.ids) - 1) // block_size
+        self.file, self.dtype = open(self.path, "rb", buffering=0), np.dtype(self.meta["dtype"])
+        self.n_tokens = self.path.stat().st_size // self.dtype.itemsize
+        self.bytes_per_token = about["bytes"] / self.n_tokens
+        self.n_windows = (self.n_tokens - 1) // block_size
         if self.n_windows < 1:
             raise UserError(
-                f"{self.path} has {len(self.ids):,} tokens, too few for a window of block_size {block_size} "
+                f"{self.path} has {self.n_tokens:,} tokens, too few for a window of block_size {block_size} "
                 "and the token after it; lower --block_size or bring more text"
             )
 
@@ -530,8 +543,13 @@ class Tokens:
 
     def windows(self, starts: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets (one token on), each (B, block_size) int64."""
-        rows = np.stack([self.ids[s : s + self.block_size + 1] for s in starts])
-        rows = torch.from_numpy(rows.astype(np.int64))
+        rows = []
+        for start in starts:
+            self.file.seek(int(start) * self.dtype.itemsize)
+            rows.append(np.fromfile(self.file, self.dtype, self.block_size + 1))
+            if len(rows[-1]) <= self.block_size:
+                raise UserError(f"{self.path} was cut short while it was read; {MAKE_AGAIN}")
+        rows = torch.from_numpy(np.stack(rows).astype(np.int64))
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def batch(self, i: int, batch_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -544,7 +562,7 @@ class Tokens:
         if getattr(self, "_epoch", None) != (epoch, seed):
             rng = np.random.default_rng((seed, epoch))
             self._epoch, self._order = (epoch, seed), rng.permutation(self.n_windows)
-            self._shift = rng.integers((len(self.ids) - 1) % self.block_size + 1)
+            self._shift = rng.integers((self.n_tokens - 1) % self.block_size + 1)
         return self._shift + int(self._order[k]) * self.block_size
 
     def held_out(self, n: int, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -559,15 +577,16 @@ def main():
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group().add_argument
     source("--dataset", choices=("python", "shakespeare"), help="a built-in corpus (the default: python)")
-    source("--input", metavar="PATH", help="a UTF-8 file, or a folder of them; needs --name")
-    source("--hf", metavar="NAME", help="a Hugging Face dataset or a local .jsonl or .parquet file")
+    source("--input", type=user_path, metavar="PATH", help="a UTF-8 file, or a folder of them; needs --name")
+    source("--hf", type=user_path, metavar="NAME", help="a dataset of Hugging Face, or a local .jsonl, ...")
     add("--glob", default="*", help="with --input FOLDER: the files to take [*, all]")
+    add("--config", metavar="NAME", help="with --hf: which configuration of the dataset")
     add("--split", default="train", help="with --hf: the split to read [train]")
     add("--column", default="text", help="with --hf: the column that holds the text [text]")
     add("--name", help="the folder below --data_dir to write [the dataset's name]")
     kinds = "bpe:SIZE, gpt2, bytes, a .tiktoken file or a tokenizer.json"
-    add("--tokenizer", default="bpe:4096", help=f"{kinds} [bpe:4096]")
-    add("--data_dir", default="data", help="where tokenized corpora live [data]")
+    add("--tokenizer", type=user_path, default="bpe:4096", help=f"{kinds} [bpe:4096]")
+    add("--data_dir", type=user_path, default="data", help="where tokenized corpora live [data]")
     args = parser.parse_args()
     if "" in (args.input, args.hf):
         raise UserError("--input and --hf must not be empty")
@@ -578,12 +597,17 @@ def main():
         raise UserError(f"--name {name!r} is not a plain folder name; use letters, digits, '-', '_' and '.'")
     folder = Path(args.data_dir) / name
     if args.input:
-        path = Path(args.input)
-        paths = text_files(path, args.glob)
-        size = sum(p.stat().st_size for p in paths)
-        prepare(folder, lambda: map(read_text, paths), args.tokenizer, path.resolve().name, size)
+        given = Path(args.input)
+        if given.is_dir():
+            paths = text_files(given, args.glob)
+            size = sum(p.stat().st_size for p in paths)
+            prepare(folder, lambda: map(read_text, paths), args.tokenizer, given.resolve().name, size)
+        else:
+            text = read_text(given)  # once, because a pipe can be read only once
+            prepare(folder, lambda: [text], args.tokenizer, given.name, len(text))
     elif args.hf:
-        prepare(folder, hugging_face(args.hf, args.split, args.column), args.tokenizer, args.hf)
+        texts = hugging_face(args.hf, args.config, args.split, args.column)
+        prepare(folder, texts, args.tokenizer, args.hf)
     else:
         prepare_dataset(args.dataset or "python", folder, args.tokenizer)
 

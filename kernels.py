@@ -6,13 +6,13 @@ and nkv key/value heads of d features, each KV head serving a group of nh / nkv 
 
 from functools import partial
 
+from support.devices import CudaGraph
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
-
-from support.devices import CudaGraph
 
 # --- RoPE and fusion --------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ Layers are numbered from 0, the one next to the embeddings. K_i and V_i are laye
 and values. A plan names, for every layer, whose K and whose V its queries read. A layer's K (or V) is
 *stored* when some layer reads it: only stored tensors are computed, cached and paid for."""
 
+import difflib
 import random
 import re
 from collections.abc import Callable, Iterable
@@ -287,7 +288,11 @@ def parse_routes(spec: str, n_layer: int) -> list[Route]:
     elif re.match(r"k?[0-9]", spec):
         return explicit(n_layer, spec)
     valid = [notation for notation, _, _ in FAMILIES.values()] + list(EXPLICIT)
-    raise PlanError(f"no such plan; valid are {', '.join(valid)}, for example cla:2")
+    close = difflib.get_close_matches(name.replace("_", "-"), FAMILIES, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    if "," in name:
+        hint = "; separate plans by spaces"
+    raise PlanError(f"no such plan{hint}; valid are {', '.join(valid)}, for example cla:2")
 
 
 def whole_number(text: str, low: int, high: int, what: str, example: str) -> int:

@@ -17,14 +17,14 @@ Names, and what the papers call them:
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 
+import kernels
+from kernels import Linear
+from kv_router import MAX_LAYERS, Plan, PlanError
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-
-import kernels
-from kernels import Linear
-from kv_router import MAX_LAYERS, Plan, PlanError
 
 MAX_CONTEXT = 1 << 20  # tokens; a damaged file must not make us allocate without bound
 PREFILL_CHUNK = 1024  # prompt positions that run through the layers at once, which bounds memory

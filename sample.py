@@ -8,22 +8,22 @@ import argparse
 import time
 from pathlib import Path
 
-import torch
-
 import data
 import kernels
 from model import GPT, KVCache
 from support import cli
-from support.cli import Parser, UserError, at_least, human
+from support.cli import Parser, UserError, at_least, human, read_text, user_path
 from support.devices import pick_device, pick_dtype, require_compiler
 from support.runs import load_run
 from sweep import auto_plan
+
+import torch
 
 
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--out_dir", default="out/run", help="the run to sample from [out/run]")
+    add("--out_dir", type=user_path, default="out/run", help="the run to sample from [out/run]")
     add(
         "--plan",
         action="append",
@@ -82,9 +82,8 @@ def main():
     if args.compile:
         require_compiler(device, "leave --compile out")
     model, _ = load_run(args.out_dir, device)
-    model.to(dtype)
     enc = data.load_tokenizer(args.out_dir)
-    text = data.read_text(Path(args.start[5:])) if args.start.startswith("FILE:") else args.start
+    text = read_text(Path(user_path(args.start[5:]))) if args.start.startswith("FILE:") else args.start
     if enc.n_vocab > model.config.vocab_size:
         raise UserError(f"the tokenizer in {args.out_dir} has more tokens than its model; copy the right one")
     prompt = data.prompt(enc, text)
@@ -95,8 +94,9 @@ def main():
             f"a prompt of {len(prompt)} tokens and {args.max_new_tokens} new ones do not fit the context of "
             f"{model.config.block_size}; shorten --start or lower --max_new_tokens"
         )
-    specs = [auto_plan(spec, args.out_dir) for spec in args.plan or [model.plan.spec]]
+    specs = [auto_plan(spec, args.out_dir, model) for spec in args.plan or [model.plan.spec]]
     plans = [model.resolve(spec) for spec in specs]
+    model.to(dtype)
     if args.compile:
         kernels.compile_decoding(model)
     for spec, plan in zip(specs, plans):
@@ -116,4 +116,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, only_prints=True)

@@ -11,13 +11,12 @@ python sweep.py --out_dir out/normal out/stochastic --curves
 import heapq
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
-
-import numpy as np
 
 import data
 from kv_router import Plan, PlanError
@@ -30,14 +29,18 @@ from support.cli import (
     at_least,
     first_line,
     human,
+    quote,
     read_json,
     table,
+    user_path,
     write_lines,
 )
 from support.costs import costs
 from support.devices import autocast, pick_device, pick_dtype
-from support.plots import STYLES, label_percentages, line, picture
-from support.runs import load_run, window_losses
+from support.plots import label_percentages, line, picture, style
+from support.runs import fingerprint, load_run, window_losses
+
+import numpy as np
 
 # --- plans to look at -------------------------------------------------------------------------------------
 
@@ -107,31 +110,33 @@ def drop(plan: Plan, kind: str, layer: int, source: int) -> Plan:
     return Plan(tuple(moved))
 
 
-def auto_plan(spec: str, out_dir: str) -> str:
+def auto_plan(spec: str, out_dir: str, model: GPT) -> str:
     """'auto:0.5' -> the best plan that `sweep.py --search` found for that run within half the cache. Any
-    other spec stays as it is. UserError where nothing was searched, or nothing fits."""
+    other spec stays as it is. UserError where nothing was searched, or nothing fits; a line on standard
+    error where the search had other weights."""
     name, _, share = spec.partition(":")
     if name != "auto":
         return spec
-    search_again = f"python sweep.py --out_dir {out_dir} --search"
+    path, again = Path(out_dir) / "search.jsonl", f"python sweep.py --out_dir {quote(out_dir)} --search"
+    rows = read_json(path, again, lines=True)
     try:
         limit = float(share)
-    except ValueError as e:
-        raise UserError(
-            f"plan {spec!r}: {share!r} is not a share of the full cache, for example auto:0.5"
-        ) from e
-    try:
-        rows = read_json(Path(out_dir) / "search.jsonl", search_again, lines=True)
-        found = [(float(r["calibration_loss"]), float(r["cache_ratio"]), str(r["plan"])) for r in rows]
-        smallest = min(ratio for _, ratio, _ in found)
+        plans = [Plan.parse(row["plan"], len(model.plan)) for row in rows]
+        found = [(float(row["calibration_loss"]), plan, row) for plan, row in zip(plans, rows)]
+        fits = [row for row in found if row[1].cache_ratio <= limit and math.isfinite(row[0])]
+        if not fits:
+            raise ValueError(
+                f"the smallest cache found is {min(p.cache_ratio for p in plans):.4g} of the full one"
+            )
+        loss, plan, row = min(fits, key=lambda fit: fit[0])
     except (ValueError, KeyError, TypeError, OverflowError) as e:
-        raise UserError(f"plan {spec!r} takes one that was searched ({first_line(e)}); {search_again}") from e
-    fits = [row for row in found if row[1] <= limit]
-    if not fits:
         raise UserError(
-            f"plan {spec!r}: the smallest cache found is {smallest:.4g} of the full one; ask for more"
-        )
-    return min(fits)[2]
+            f"plan {spec!r} takes one from {path} ({first_line(e)}); search again: {again}"
+        ) from e
+    if row.get("weights") != fingerprint(model):
+        note = f"was searched at step {row.get('step')}, with other weights; search again: {again}"
+        print(f"{path}: {plan.spec} {note}", file=sys.stderr)
+    return plan.spec
 
 
 def choose(
@@ -148,7 +153,7 @@ def choose(
         plans = [model.plan] if model.plan.spec == "full" else []
         for spec in ladder(model) if specs is None else specs:
             try:
-                plans.append(model.resolve(auto_plan(spec, folder)))
+                plans.append(model.resolve(auto_plan(spec, folder, model)))
                 had.add(spec)
             except PlanError as e:
                 lacking.append((spec, e))
@@ -239,7 +244,7 @@ def draw(rows: list[dict], path: Path) -> None:
             own = [row for row in rows if row["run"] == name]
             best = pareto(own)
             line(ax, *points(best), i, name)
-            marker, _, colour = STYLES[i % len(STYLES)]
+            marker, _, colour = style(i)
             others = [row for row in own if row not in best]
             ax.plot(*points(others), marker=marker, mfc="white", mec=colour, linestyle="none", zorder=2)
         ax.plot(*points(pareto(rows)), "o", ms=13, mfc="none", mec="black", label="best for its cache size")
@@ -262,7 +267,7 @@ def draw_curves(folders: list[str], path: Path) -> None:
                     rows = [row for row in log if loss in row and row.get("step", 0) > 0]
                     x, y = [row.get(key, 0) / scale for row in rows], [row[loss] for row in rows]
                     if loss == "train_loss":
-                        ax.plot(x, y, color=STYLES[i % len(STYLES)][2], linewidth=0.8, alpha=0.3)
+                        ax.plot(x, y, color=style(i)[2], linewidth=0.8, alpha=0.3)
                     else:
                         line(ax, x, y, i, os.path.basename(os.path.abspath(folder)))
                 ax.set_xlabel(label)
@@ -282,10 +287,10 @@ def run_name(folder: str, others: dict) -> str:
 
 def load_runs(
     folders: list[str], device: str, data_dir: str | None = None
-) -> tuple[dict[str, GPT], data.Tokens, SimpleNamespace]:
-    """The models, named by their folders, the held-out text, which must be the same for all of them, and the
-    settings of the first. UserError where the runs differ in corpus or context."""
-    runs, tokens, settings = {}, None, None
+) -> tuple[dict[str, GPT], data.Tokens, list[SimpleNamespace]]:
+    """The models, named by their folders, the held-out text, which must be the same for all of them, and
+    their settings. UserError where the runs differ in corpus or context."""
+    runs, tokens, settings = {}, None, []
     for folder in folders:
         model, config = load_run(folder, device)
         name = run_name(folder, runs)
@@ -300,7 +305,8 @@ def load_runs(
                 f"{folder} differs from {folders[0]} in corpus or block_size, so their losses cannot be "
                 "compared; sweep it on its own"
             )
-        runs[name], tokens, settings = model, tokens or found, settings or config
+        runs[name], tokens = model, tokens or found
+        settings.append(config)
     return runs, tokens, settings
 
 
@@ -310,13 +316,17 @@ def around(folders: list[str]) -> Path:
     return Path(os.path.relpath(os.path.commonpath(paths)))
 
 
-def search_and_save(folder: str, model: GPT, loss: Callable[[Plan], float]) -> list[Plan]:
-    """The plans found for a run; they go into its search.jsonl, where `auto:` finds them."""
+def search_and_save(folder: str, model: GPT, step: int, loss: Callable[[Plan], float]) -> list[Plan]:
+    """The plans found for a run; they go into its search.jsonl, where `auto:` finds them, with the step and
+    the weights that they were found for."""
     if model.plan.cyclic or any(len(route.k + route.v) > 2 for route in model.plan.routes):
         built = f"{folder} was built for {model.plan.spec!r}, which iterates or fuses"
         raise UserError(f"--search moves what layers read from one layer to another, and {built}")
     path = search(model.plan, loss, model.config.router_lowest)
-    rows = [{"plan": p.spec, "cache_ratio": p.cache_ratio, "calibration_loss": loss} for p, loss in path]
+    about = {"step": step, "weights": fingerprint(model)}
+    rows = [
+        {"plan": p.spec, "cache_ratio": p.cache_ratio, "calibration_loss": loss} | about for p, loss in path
+    ]
     write_lines(rows, Path(folder) / "search.jsonl")
     return [plan for plan, _ in path]
 
@@ -324,7 +334,7 @@ def search_and_save(folder: str, model: GPT, loss: Callable[[Plan], float]) -> l
 def arguments():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--out_dir", nargs="+", required=True, metavar="RUN", help="the runs to compare")
+    add("--out_dir", type=user_path, nargs="+", required=True, metavar="RUN", help="the runs to compare")
     add(
         "--plans",
         nargs="+",
@@ -334,10 +344,10 @@ def arguments():
     )
     add("--windows", type=at_least(1), default=128, help="held-out windows of the context length [128]")
     add("--batch_size", type=at_least(1), default=16, help="windows at a time [16]")
-    add("--save_dir", help="where the results go [the run's folder, or that around several]")
+    add("--save_dir", type=user_path, help="where the results go [the run's folder, or that around several]")
     add("--search", action="store_true", help="find good plans for every cache size first")
     add("--curves", action="store_true", help="only draw the losses logged in training")
-    add("--data_dir", help="where tokenized corpora live [as in training]")
+    add("--data_dir", type=user_path, help="where tokenized corpora live [as in training]")
     add("--device", default="auto", help="cpu, cuda, ... [auto]")
     add("--dtype", choices=("auto", "float32", "bfloat16"), help="of matrix products [as in training]")
     return parser.parse_args()
@@ -351,17 +361,17 @@ def main():
         print(f"wrote {folder / 'curves.png'}")
         return
     device = pick_device(args.device, many_shapes=True)
-    runs, tokens, config = load_runs(args.out_dir, device, args.data_dir)
-    dtype, _ = pick_dtype(args.dtype or config.dtype, device)
+    runs, tokens, settings = load_runs(args.out_dir, device, args.data_dir)
+    dtype, _ = pick_dtype(args.dtype or settings[0].dtype, device)
     measure = partial(window_losses, batch_size=args.batch_size, context=partial(autocast, device, dtype))
 
     found = {}
-    for path, (name, model) in zip(args.out_dir, runs.items()):
+    for path, config, (name, model) in zip(args.out_dir, settings, runs.items()):
         if args.search:
             train_tokens = data.Tokens(tokens.path.parent, "train", tokens.block_size)
             losses = partial(measure, model, train_tokens, args.windows // 4 or 1)
             found[name] = search_and_save(
-                path, model, lambda plan, losses=losses: float(losses(plan=plan).mean())
+                path, model, config.step, lambda plan, losses=losses: float(losses(plan=plan).mean())
             )
     todo = choose(runs, args.out_dir, args.plans, found)
     rows = score(runs, todo, tokens, lambda model, plan: measure(model, tokens, args.windows, plan=plan))

@@ -12,15 +12,15 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 import kernels
 from kv_router import StochasticRouter, uniform_below
 from model import GPT, GPTConfig
 from support import cli, devices, hf, parallel, settings
 from support.cli import UserError, setting
 from support.runs import Run, Signals, model_from, window_losses
+
+import torch
+from torch import Tensor
 
 
 @dataclass
@@ -271,7 +271,7 @@ def main(rule: Callable = uniform_below) -> None:
     router = None
     if c.router_p:
         router = StochasticRouter(c.n_layer, c.router_p, c.seed, c.plan, c.router_lowest, rule)
-    device = parallel.join(devices.pick_device(c.device))
+    device = parallel.join(devices.pick_device(c.device), c.batch_size, c.shard)
     vocab_size = run.find_corpus(c.corpus, c.block_size)
     model = make_model(c, run, vocab_size, device)
     n_params = sum(p.numel() for p in model.parameters())

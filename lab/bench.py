@@ -14,20 +14,20 @@ import time
 from pathlib import Path
 from statistics import median
 
-import torch
-from torch import Tensor
-
 import kernels
 from kv_router import PlanError
 from lab import bench_train
 from model import GPT, GPTConfig, KVCache
 from support import cli, hf
-from support.cli import Parser, Progress, UserError, at_least, human, table, write_lines
+from support.cli import Parser, Progress, UserError, at_least, human, table, user_path, write_lines
 from support.costs import costs
 from support.devices import device_name, pick_device, pick_dtype, require_compiler
 from support.plots import line, picture
 from support.runs import load_run
 from sweep import auto_plan
+
+import torch
+from torch import Tensor
 
 SHAPE = {"n_layer": 12, "n_head": 12, "n_kv_head": 4, "n_embd": 768, "vocab_size": 32000}  # 125M parameters
 PLANS = ["full", "yoco", "fusedkv", "fusedkv-lite", "cla:4"]
@@ -251,7 +251,7 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--out_dir", help="a run to measure: its own sizes and plans; results go there")
+    add("--out_dir", type=user_path, help="a run to measure: its own sizes and plans; results go there")
     for name, default in SHAPE.items():
         add(f"--{name}", type=at_least(1), help=f"of random weights, without --out_dir [{default}]")
     add("--plans", nargs="+", metavar="SPEC", help=f"the first is the reference [{' '.join(PLANS)}]")
@@ -263,7 +263,7 @@ def arguments() -> argparse.Namespace:
     add("--peer", choices=("hf",), help="hf: transformers' model with the same weights")
     add("--no_compile", action="store_true", help="do not compile")
     add("--train", action="store_true", help="measure training steps instead")
-    add("--config", help="with --train: a recipe, for example config/demo.toml")
+    add("--config", type=user_path, help="with --train: a recipe, for example config/demo.toml")
     add("--optimizer", choices=("adamw", "muon"), help="with --train [the recipe's]")
     add("--device", default="auto", help="cpu, cuda, ... [auto]")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="[auto]")
@@ -290,9 +290,11 @@ def make_contenders(args, device: str, dtype: torch.dtype) -> list[Ours]:
                 f"--prompts {max(args.prompts)} and {args.new_tokens} new tokens do not fit the context of "
                 f"{model.config.block_size} of {args.out_dir}; ask for shorter ones"
             )
-    model = model.to(device, dtype).eval()
+    if args.out_dir is None and (searched := [spec for spec in args.plans or () if spec[:5] == "auto:"]):
+        raise UserError(f"--plans {searched[0]} takes what was searched for a run; name that: --out_dir")
     own = PLANS if model.plan.spec == "full" and model.config.n_layer > 3 else [model.plan.spec]
-    specs = dict.fromkeys(auto_plan(spec, args.out_dir or "") for spec in args.plans or own)
+    specs = dict.fromkeys(auto_plan(spec, args.out_dir, model) for spec in args.plans or own)
+    model = model.to(device, dtype).eval()
     return [Ours(model, spec) for spec in specs]
 
 

@@ -8,8 +8,6 @@ from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
-import torch
-
 import kernels
 from kv_router import StochasticRouter
 from model import GPT
@@ -17,6 +15,8 @@ from support.cli import UserError, human, read_toml, table, write_lines
 from support.costs import costs
 from support.devices import autocast, matmul_peak
 from train import TrainConfig, make_optimizers, take_step
+
+import torch
 
 WARM_UP = 4  # steps of each, which compile
 

@@ -8,8 +8,6 @@ from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 
-import torch
-
 import data
 from kv_router import Plan, PlanError, Route
 from model import GPT
@@ -17,6 +15,8 @@ from support.cli import read_json
 from support.devices import autocast, pick_device, pick_dtype
 from support.runs import load_run, window_losses
 from sweep import sharing, spread
+
+import torch
 
 PAIRS = (2, 4, 8, 16, 24)
 KEYS, VALUES = string.ascii_lowercase, string.ascii_uppercase

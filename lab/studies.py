@@ -15,14 +15,14 @@ import tomllib
 from pathlib import Path
 from statistics import mean, stdev
 
-import numpy as np
-
 from lab import measures
 from support import cli
 from support.cli import Parser, duration, read_json, replace_file
 from support.hf import save_hf
-from support.plots import STYLES, label_percentages, line, picture
+from support.plots import label_percentages, line, picture, style
 from support.runs import load_run
+
+import numpy as np
 
 RUNS, RESULTS = Path("out/studies"), Path("results")
 STUDIES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
@@ -161,7 +161,7 @@ def draw_lines(ax, x: dict) -> None:
 def draw_marks(ax, x: dict) -> None:
     """A mark for every run, with its standard deviation over seeds."""
     means, deviations = zip(*(row[""] for row in x.values()))
-    ax.errorbar(means, range(len(x)), xerr=deviations, fmt="o", color=STYLES[0][2], capsize=3)
+    ax.errorbar(means, range(len(x)), xerr=deviations, fmt="o", color=style(0)[2], capsize=3)
     ax.set_yticks(range(len(x)), list(x), fontsize=8)
     ax.invert_yaxis()
     ax.set_xlabel("held-out loss, nats per token")

@@ -16,20 +16,30 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
-
 import data
 from kv_router import Plan
 from model import GPT, KV
 from support import cli
-from support.cli import Parser, Progress, UserError, at_least, first_line, suggest, table, write_lines
+from support.cli import (
+    Parser,
+    Progress,
+    UserError,
+    at_least,
+    first_line,
+    suggest,
+    table,
+    user_path,
+    write_lines,
+)
 from support.devices import pick_device
 from support.hf import load_hf
 from support.runs import load_run
 from sweep import around, choose, run_name
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 # --- what lm-eval asks of a model -------------------------------------------------------------------------
 
@@ -219,13 +229,22 @@ def load_with_tokenizers(folders: list[str], device: str) -> tuple[dict[str, GPT
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--out_dir", nargs="+", required=True, metavar="RUN", help="runs, or hf:FOLDER with its tokenizer")
+    add(
+        "--out_dir",
+        type=user_path,
+        nargs="+",
+        required=True,
+        metavar="RUN",
+        help="runs, or hf:FOLDER with its tokenizer",
+    )
     add("--tasks", nargs="+", required=True, metavar="NAME", help="lm-eval's tasks")
     add("--plans", nargs="+", metavar="SPEC", help="as in sweep.py [kept layers, yoco, ...]")
-    add("--task_dir", help="a folder of yaml files that define further tasks")
+    add("--task_dir", type=user_path, help="a folder of yaml files that define further tasks")
     add("--limit", type=at_least(1), help="only the first LIMIT documents of each task [all]")
     add("--batch_size", type=at_least(1), default=16, help="sequences at a time [16]")
-    add("--save_dir", help="where tasks.jsonl goes [the run's folder, or that around several]")
+    add(
+        "--save_dir", type=user_path, help="where tasks.jsonl goes [the run's folder, or that around several]"
+    )
     add("--device", default="auto", help="cpu, cuda, ... [auto]")
     args = parser.parse_args()
     runs, encs = load_with_tokenizers(args.out_dir, pick_device(args.device, many_shapes=True))

@@ -3,20 +3,31 @@ progress, tables."""
 
 import argparse
 import difflib
+import errno
+import glob
+import io
 import json
 import math
 import os
 import re
+import shlex
+import shutil
 import signal
 import sys
 import time
 import tomllib
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import field, fields
 from pathlib import Path
 
 from kv_router import PlanError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock
+    fcntl = None
 
 # --- errors -----------------------------------------------------------------------------------------------
 
@@ -41,17 +52,51 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def program() -> str:
-    """The name of the script that runs, or of the package that `python -m` runs."""
-    folder, name = os.path.split(sys.argv[0])
-    return os.path.basename(folder) if name == "__main__.py" else name
+def out_of_memory(e: BaseException) -> bool:
+    """Whether memory ran out. torch's allocators raise RuntimeErrors that only their text tells from
+    others."""
+    return isinstance(e, MemoryError) or (
+        isinstance(e, RuntimeError) and re.search("out of memory|allocate memory", str(e)) is not None
+    )
 
 
-def run(main: Callable[[], None]):
-    """Run a script's main(). A user's mistake becomes one line on standard error and exit status 2."""
-    script = program()
-    if hasattr(sys.stdout, "reconfigure"):  # characters that the terminal cannot print must not stop a run
-        sys.stdout.reconfigure(errors="replace")
+class Lasting(io.TextIOBase):
+    """Standard output or error that no longer stops the work once nobody reads it: a pipe that was closed, a
+    terminal that is gone, a full disk. What cannot be written is lost."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def lasting(self, write: Callable, *args):
+        try:
+            return write(*args)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def write(self, text: str):
+        return self.lasting(self.stream.write, text)
+
+    def flush(self):
+        self.lasting(self.stream.flush)
+
+
+def run(main: Callable[[], None], only_prints: bool = False):
+    """Run a script's main(). A user's mistake becomes one line on standard error and exit status 2. Only a
+    script that `only_prints` ends when nobody reads its output any more."""
+    script = os.path.basename(sys.argv[0])
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:  # closed: files that are opened later must not take its place
+            while os.open(os.devnull, os.O_RDWR) < number:
+                pass
+            setattr(sys, name, open(number, "w"))
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):  # characters that the terminal cannot print must not stop a run
+            stream.reconfigure(errors="replace")
+            if not only_prints:
+                setattr(sys, name, Lasting(stream))
 
     def fail(message: str):
         rank = os.environ.get("RANK", "0")
@@ -59,7 +104,8 @@ def run(main: Callable[[], None]):
         print(f"{where}: error: {one_line(message)}", file=sys.stderr)
         sys.exit(2)
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` cleans up as Ctrl-C does
+    for number in ending_signals():
+        signal.signal(number, signal.default_int_handler)  # all clean up as Ctrl-C does
     try:
         main()
     except (UserError, PlanError) as e:
@@ -72,8 +118,7 @@ def run(main: Callable[[], None]):
             raise
         fail(f"cannot read or write {e.filename or 'the disk'}: {e.strerror}")
     except (MemoryError, RuntimeError) as e:
-        # torch's allocators raise RuntimeErrors that only their text tells from others.
-        if not isinstance(e, MemoryError) and not re.search("out of memory|allocate memory", str(e)):
+        if not out_of_memory(e):
             raise
         fail(f"out of memory ({first_line(e)[:200]}); lower --batch_size, --batch or the sizes of the model")
     except KeyboardInterrupt:
@@ -81,7 +126,19 @@ def run(main: Callable[[], None]):
         sys.exit(130)
 
 
+def ending_signals() -> list[int]:
+    """Ctrl-C, `kill` and a lost terminal, as far as they are not ignored: nohup is to last."""
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    return [n for n in map(signal.Signals.__getitem__, names) if signal.getsignal(n) != signal.SIG_IGN]
+
+
 # --- settings ---------------------------------------------------------------------------------------------
+
+
+def user_path(text: str) -> str:
+    """A type for add_argument: a path, where `~` is the home folder, also after `hf:` or `FILE:`."""
+    kind, tilde, rest = re.fullmatch(r"(hf:|FILE:)?(~?)(.*)", text, re.DOTALL).groups(default="")
+    return kind + (os.path.expanduser(tilde + rest) if tilde else rest)
 
 
 class Parser(argparse.ArgumentParser):
@@ -89,9 +146,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str):
         formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(
-            prog=program(), description=description, formatter_class=formatter, allow_abbrev=False
-        )
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
 
     def parse_args(self) -> argparse.Namespace:
         known = self._option_string_actions
@@ -102,8 +157,12 @@ class Parser(argparse.ArgumentParser):
             words.append(flag + equals + value if flag in known else word)
         parsed, unknown = self.parse_known_args(words)
         if unknown:
-            close = suggest(unknown[0].partition("=")[0], known)
-            self.error(f"unknown argument {unknown[0]}{close} (--help lists all)")
+            word = unknown[0]
+            close = suggest(word.partition("=")[0], known)
+            if not word.startswith("-"):  # a bare path
+                flag = next((name for name in ("--out_dir", "--input") if name in known), "a flag with")
+                close = f"; did you mean {flag} {word}?"
+            self.error(f"unknown argument {word}{close} (--help lists all)")
         return parsed
 
     def error(self, message: str):
@@ -136,7 +195,9 @@ def given_settings(cls, description: str) -> dict:
     flags."""
     parser = Parser(description)
     parser.usage = "%(prog)s [config/x.toml] [--key=value ...]"
-    parser.add_argument("config", nargs="?", help="a TOML file of settings, for example config/demo.toml")
+    parser.add_argument(
+        "config", type=user_path, nargs="?", help="a TOML file of settings, for example config/demo.toml"
+    )
     kinds = {f.name: f.type for f in fields(cls)}
     for f in fields(cls):
         default = "auto" if f.default is None else f.default
@@ -162,9 +223,9 @@ def converted(text: str, kind) -> object:
 
 def read_toml(path: str, cls) -> dict:
     """The settings in a TOML file, checked against the fields of dataclass `cls`."""
+    text = read_text(Path(path))
     try:
-        with open(path, "rb") as file:
-            settings = tomllib.load(file)
+        settings = tomllib.loads(text)
     except (ValueError, RecursionError) as e:  # bad syntax, no UTF-8, a thousand nested brackets
         raise UserError(f"{path} is not TOML: {first_line(e)}") from e
     return checked(settings, cls, path)
@@ -176,7 +237,7 @@ KINDS[bool | None] = "true, false or auto"
 
 def checked(settings: object, cls, where: object = None) -> dict:
     """`settings`, from the command line or read from `where`, after checking that they are fields of
-    dataclass `cls`, of the right type, and valid."""
+    dataclass `cls`, of the right type, and valid; `~` is expanded."""
     if not isinstance(settings, dict):
         raise UserError(f"{where} holds no settings")
     known = {f.name: f for f in fields(cls)}
@@ -198,9 +259,9 @@ def checked(settings: object, cls, where: object = None) -> dict:
         if kind in (int, float) and not low <= value < below:
             limit = f"below {below}" if value >= below else f"{low} or more"
             raise UserError(f"{name} {value} is not valid; it must be {limit}")
-        if isinstance(value, str) and not value.isprintable():  # no path, plan or device has such characters
-            raise UserError(f"{name} {value!r} has characters that cannot be printed")
-        result[key] = value
+        if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f]", value):
+            raise UserError(f"{name} {value!r} has control characters")
+        result[key] = user_path(value) if isinstance(value, str) else value
     return result
 
 
@@ -237,24 +298,98 @@ def read_json(path: Path, fix: str, lines: bool = False) -> dict | list[dict]:
         raise UserError(f"{path} is not JSON or damaged: {first_line(e)}; {fix}") from e
 
 
+def read_text(path: Path) -> str:
+    """The UTF-8 text in a file, without a byte-order mark. UserError where it is something else."""
+    raw = path.read_bytes()
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{path} is UTF-16, not UTF-8 text; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {e.start}); convert it, for example with iconv -t UTF-8"
+        ) from e
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file next to `path`, flush it to the disk, and rename it: whenever the machine stops, either
     the old file is there or the new one, never half of one."""
-    work = path.with_name(path.name + ".tmp")
+    work = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     work.unlink(missing_ok=True)  # left by a killed run
     try:
         with open(work, "xb") as file:
+            if path.exists():
+                shutil.copymode(path, work)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(work, path)
-    except BaseException:
+    except BaseException as e:
         work.unlink(missing_ok=True)  # a full disk needs the room
+        if isinstance(e, OSError):
+            e.filename = e.filename or str(path)
         raise
     if os.name == "posix":  # the new name must reach the disk too; Windows cannot open a folder
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def lock(path: Path):
+    """Open `path` and hold it against other runs until the process ends, however it ends. UserError where
+    another run holds it. Some file systems have no locks (Lustre and NFS mounts, Windows' shares); there a
+    second run is not noticed, which one line says."""
+    file = open(path, "a")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except (OSError, ImportError) as e:
+        if getattr(e, "errno", None) in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK):
+            raise UserError(f"another run is at work in {path.parent}; choose another --out_dir") from e
+        print(f"{path.parent} cannot be locked ({e}): start no second run in it", file=sys.stderr)
+    return file
+
+
+@contextmanager
+def new_folder(folder: Path, replace: Callable[[Path], bool] = lambda folder: False) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `folder` at the end: it appears whole or not at all.
+    UserError where something is there already that is neither empty nor, by `replace`, to be replaced."""
+
+    folder = folder.resolve() if folder.is_symlink() else folder
+
+    def check() -> None:
+        in_the_way = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        if in_the_way and not (folder.is_dir() and replace(folder)):
+            raise UserError(f"{folder} is there and holds other things; choose a new name, or move it away")
+
+    check()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}-*.new"):
+        with suppress(OSError, AttributeError):  # its process is still at work, or there are no locks here
+            fcntl.flock(open(left / "lock"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
+    work = folder.with_name(f".{folder.name}-{os.urandom(4).hex()}.new")
+    work.mkdir()
+    try:
+        held = lock(work / "lock")
+        yield work
+        held.close()
+        (work / "lock").unlink()
+        check()
+        old = work.with_suffix(".old")
+        if folder.exists():
+            folder.rename(old)
+        work.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as e:
+        e.filename = e.filename or str(folder)
+        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def write_lines(rows: Iterable[dict], path: Path) -> None:
@@ -264,6 +399,11 @@ def write_lines(rows: Iterable[dict], path: Path) -> None:
 
 
 # --- output -----------------------------------------------------------------------------------------------
+
+
+def quote(path: object) -> str:
+    """A path as a shell wants it, for a command that can be pasted."""
+    return shlex.quote(str(path))
 
 
 def human(n: float, unit: str = "") -> str:

@@ -1,18 +1,15 @@
 """The device and the dtype that a script computes with, and why."""
 
-import importlib.util
 import math
 import os
-import shutil
-import sysconfig
 import time
 from contextlib import nullcontext
-from pathlib import Path
+from functools import cache
+
+from support.cli import UserError, first_line, human
 
 import torch
 from torch import Tensor
-
-from support.cli import UserError, first_line, human
 
 
 def pick_device(name: str, many_shapes: bool = False) -> str:
@@ -23,7 +20,7 @@ def pick_device(name: str, many_shapes: bool = False) -> str:
     elif name == "auto":
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, device=name).item()
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name} is not available here ({first_line(e)}); use --device auto") from e
     if name.startswith("cuda"):
@@ -54,22 +51,21 @@ def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     return torch.float32, f"{what} has no fast bfloat16"
 
 
+@cache
 def why_not_compile(device: str) -> str:
-    """What torch.compile lacks on this machine, or ''."""
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++", "cl"]
-    if not any(shutil.which(name) for name in names):
-        return "a C++ compiler (g++, clang++)"
-    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-        return "Python's headers (python3-dev)"
-    if device.startswith("cuda") and not importlib.util.find_spec("triton"):
-        return "the package triton"
-    return ""
+    """What keeps this machine from compiling, found by compiling something small, or ''."""
+    try:
+        torch.compile(lambda x: (2 * x + 1).sum(-1))(torch.ones(8, 8, device=device))
+        return ""
+    except Exception as e:  # no compiler, or one that fails, no place for what it makes, no triton
+        said = str(e).partition("Output:\n")[2].strip() or str(e)
+        return said.partition("\n")[0] or type(e).__name__
 
 
 def require_compiler(device: str, otherwise: str) -> None:
     """Raises UserError where this machine cannot compile, with what to do otherwise."""
-    if lacking := why_not_compile(device):
-        raise UserError(f"compiling needs {lacking}; install that, or {otherwise}")
+    if reason := why_not_compile(device):
+        raise UserError(f"compiling fails here ({reason}); mend that, or {otherwise}")
 
 
 # What a device computes per second in training, roughly: to tell a long run from a short one before it
@@ -90,8 +86,8 @@ def pick_compile(asked: bool | None, device: str, flops: float) -> tuple[bool, s
     speed = USUAL_FLOPS.get(kind, math.inf) * (torch.get_num_threads() if kind == "cpu" else 1)
     if flops / speed < 60:  # compiling takes about ten seconds, and saves a fifth or more of the rest
         return False, "pays in runs of a minute or more"
-    lacking = why_not_compile(device)
-    return (False, f"needs {lacking}") if lacking else (True, "pays in a run of this length")
+    reason = why_not_compile(device)
+    return (False, f"it fails here: {reason}") if reason else (True, "pays in a run of this length")
 
 
 def device_name(device: str) -> str:

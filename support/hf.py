@@ -14,15 +14,15 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 import data
 from kv_router import Plan, PlanError
 from model import GPT, GPTConfig
 from support import cli
-from support.cli import Parser, UserError, checked, read_json, replace_file
+from support.cli import Parser, UserError, checked, new_folder, out_of_memory, read_json, user_path
 from support.runs import drop_retired, load_run
+
+import torch
+from torch import Tensor
 
 FAMILIES = {"llama": {}, "mistral": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
 SIZES = {  # transformers' name of a setting -> ours
@@ -49,7 +49,8 @@ UNREAD = {
 }
 LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 # Keys that change nothing here, because they are read elsewhere or ask for nothing.
-SILENT = """architectures dtype torch_dtype transformers_version model_type use_cache return_dict id2label label2id
+SILENT = """architectures dtype torch_dtype transformers_version model_type use_cache return_dict id2label
+    label2id
     initializer_range attention_dropout bos_token_id eos_token_id pad_token_id _name_or_path max_window_layers
     output_attentions output_hidden_states is_encoder_decoder problem_type original_max_position_embeddings
     rope_theta rope_scaling rope_parameters layer_types sliding_window use_sliding_window quantization_config
@@ -64,6 +65,8 @@ def read_config(folder: str | Path, block_size: int | None = None) -> GPTConfig:
     """The model that a folder's config.json asks for, with a context of `block_size`, by default its own.
     UserError names what it asks for and this model does not have."""
     path = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} is no folder here; download it first: hf download NAME --local-dir FOLDER")
     hf = read_json(path, FETCH)
     family = hf.get("model_type")
     if str(family) not in FAMILIES:
@@ -170,9 +173,21 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     tensors = {}
     for file in files:
         try:
-            tensors |= load_file(file)
+            found = load_file(file)
         except Exception as e:  # safetensors' own error type, for what is truncated or no safetensors at all
-            raise UserError(f"{file} is damaged or no safetensors file ({e}); {FETCH}") from e
+            if out_of_memory(e):
+                raise
+            what = f"is damaged or no safetensors file ({e})"
+            with open(file, "rb") as start:
+                if start.read(8) == b"version ":
+                    what = "is a pointer of git-lfs in place of the weights; git lfs pull"
+            raise UserError(f"{file} {what}; {FETCH}") from e
+        if twice := tensors.keys() & found.keys():
+            raise UserError(f"{folder} has {min(twice)} in two of its files; {FETCH}")
+        tensors |= found
+    # A base model, without the output layer, has names without the prefix.
+    bare = not any(name.startswith("model.") for name in tensors)
+    tensors = {"model." * (bare and name != "lm_head.weight") + name: t for name, t in tensors.items()}
     return {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
@@ -193,10 +208,11 @@ def load_hf(folder: str | Path, block_size: int | None = None, dtype: torch.dtyp
     if passed_over := sorted(key for key, value in keys if key not in known and value):
         print(f"{folder / 'config.json'}: passed over {', '.join(passed_over)}")
     tensors = read_tensors(folder)
-    if config.tie_embeddings:  # some folders store the shared matrix twice
-        shared = tensors.get("model.embed_tokens.weight")
-        again = tensors.setdefault("lm_head.weight", shared)
-        if again is not None and not (shared is not None and torch.equal(shared, again)):
+    if config.tie_embeddings:  # the shared matrix can be stored under either name, or both
+        names = ("model.embed_tokens.weight", "lm_head.weight")
+        shared = [tensors[name] for name in names if name in tensors]
+        tensors |= dict.fromkeys(names, shared[0]) if shared else {}
+        if len(shared) == 2 and not torch.equal(*shared):
             raise UserError(
                 f"{folder}: lm_head.weight differs, and tie_word_embeddings says that it is shared"
             )
@@ -214,6 +230,8 @@ def load_hf(folder: str | Path, block_size: int | None = None, dtype: torch.dtyp
         if tensor.shape != shape:
             have, want = tuple(tensor.shape), tuple(shape)
             raise UserError(f"{folder}: tensor {name} is {have} and its config.json asks for {want}")
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise UserError(f"{folder}: tensor {name} is {tensor.dtype}, or not finite; {FETCH}")
         state[ours] = tensor.to(dtype)
     model.load_state_dict(state, assign=True)
     if config.tie_embeddings:
@@ -254,7 +272,7 @@ def pretrained(folder: str, config: GPTConfig, corpus: Path) -> GPT:
         theirs, ours = Path(folder) / name, corpus / name
         if theirs.exists() and not (ours.exists() and data.sha256(ours) == data.sha256(theirs)):
             raise UserError(
-                f"{corpus} was not tokenized with {theirs}, as the model's text was; make one that is: {again}"
+                f"{corpus} was not tokenized with {theirs}, as the model's text was; tokenize it: {again}"
             )
     return convert(model, config.plan, **{name: getattr(config, name) for name in OWN - {"plan"}})
 
@@ -303,33 +321,33 @@ def export(model: GPT) -> tuple[dict, dict[str, Tensor]]:
     return config, {hf_name(name): p.detach() for name, p in model.state_dict().items()}
 
 
-def save_hf(model: GPT, folder: str | Path) -> None:
-    """Write a folder that transformers opens (see `export`). With a plan other than `full`, transformers
-    finds no weights for the projections that the plan does without; it knows nothing of the plan. `load_hf`
-    does."""
+def save_hf(model: GPT, folder: str | Path, tokenizer: str | Path | None = None) -> None:
+    """Write a new folder that transformers opens (see `export`), with the tokenizer in `tokenizer`. With a
+    plan other than `full`, transformers finds no weights for the projections that the plan does without; it
+    knows nothing of the plan. `load_hf` does. UserError where the folder is there and not empty."""
     from safetensors.torch import save
 
-    folder = Path(folder)
     config, state = export(model)
     config["nanokv"] = {name: getattr(model.config, name) for name in sorted(OWN)} | {"plan": model.plan.spec}
     state = {name: p.cpu().contiguous() for name, p in state.items()}
     if model.config.tie_embeddings:
         del state["lm_head.weight"]
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "model.safetensors", save(state, metadata={"format": "pt"}))
-    replace_file(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+    with new_folder(Path(folder)) as work:
+        (work / "model.safetensors").write_bytes(save(state, metadata={"format": "pt"}))
+        (work / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        for name in data.TOKENIZER_FILES if tokenizer else ():
+            if (Path(tokenizer) / name).exists():
+                shutil.copyfile(Path(tokenizer) / name, work / name)
 
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("out_dir", metavar="RUN", help="a training run, for example out/demo/normal")
-    parser.add_argument("folder", metavar="FOLDER", help="where config.json and model.safetensors go")
+    add = parser.add_argument
+    add("out_dir", type=user_path, metavar="RUN", help="a training run, for example out/demo/normal")
+    add("folder", type=user_path, metavar="FOLDER", help="a new folder, for the model and its tokenizer")
     args = parser.parse_args()
     model, _ = load_run(args.out_dir)
-    save_hf(model, args.folder)
-    for name in ("tokenizer.json", "tokenizer.tiktoken"):
-        if (tokenizer := Path(args.out_dir) / name).exists():
-            shutil.copyfile(tokenizer, Path(args.folder) / name)
+    save_hf(model, args.folder, args.out_dir)
     print(f"wrote {args.folder}: {model.config.vocab_size:,} tokens, plan {model.plan.spec}")
 
 

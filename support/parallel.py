@@ -6,8 +6,11 @@ Every rank is a process with a device of its own, and computes its share of each
 same plans, since these are a function of the seed and the step."""
 
 import os
+import shlex
 import sys
 import warnings
+
+from support.cli import UserError
 
 import torch
 import torch.distributed as dist
@@ -16,24 +19,33 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from support.cli import UserError
 
-RANK = int(os.environ.get("RANK", 0))
-RANKS = int(os.environ.get("WORLD_SIZE", 1))
+def ranks() -> tuple[int, int]:
+    """This process's rank and their number, as torchrun sets them. Variables that some other program has left
+    are not taken for torchrun's: all of them must be there, and agree."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    found = [int(text) if (text := os.environ.get(name, "")).isdecimal() else -1 for name in names]
+    return (found[0], found[1]) if -1 not in found and found[0] < found[1] else (0, 1)
 
 
-def check(batch_size: int, shard: bool) -> None:
-    """UserError for settings that this number of ranks cannot have."""
+RANK, RANKS = ranks()
+
+
+def launcher() -> str:
+    """What started this program, for a command that starts it again."""
+    script = shlex.quote(os.path.relpath(sys.argv[0]))
+    return f"torchrun --standalone --nproc_per_node={RANKS} {script}" if RANKS > 1 else f"python {script}"
+
+
+def join(device: str, batch_size: int, shard: bool) -> str:
+    """Meet the other ranks. Returns this rank's own device. UserError for settings that this number of ranks
+    cannot have."""
     if batch_size % RANKS:
         raise UserError(f"--batch_size {batch_size} cannot be divided among {RANKS} ranks; give a multiple")
     if shard and RANKS == 1:
         raise UserError(
-            "--shard splits a model over several devices; start it with torchrun, or leave it out"
+            "--shard splits a model over several devices; start it with torchrun, or say --shard=false"
         )
-
-
-def join(device: str) -> str:
-    """Meet the other ranks. Returns this rank's own device."""
     if RANKS == 1:
         return device
     if not device.startswith("cuda"):

@@ -27,6 +27,8 @@ def picture(path: Path, columns: int = 1, rows: int = 1, width: float = 4.5, hei
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams["text.parse_math"] = False  # a `$` in the name of a run is only that
+
     fig, axes = plt.subplots(rows, columns, figsize=(1 + width * columns, height * rows), dpi=130, **options)
     try:
         yield axes
@@ -42,9 +44,16 @@ def picture(path: Path, columns: int = 1, rows: int = 1, width: float = 4.5, hei
     replace_file(path, content.getbuffer())
 
 
+def style(i: int) -> tuple[str, object, str]:
+    """The i-th marker, dash and colour; after seven come the same markers in other colours."""
+    marker, dash, _ = STYLES[i % len(STYLES)]
+    return marker, dash, STYLES[(i + i // len(STYLES)) % len(STYLES)][2]
+
+
 def line(ax, x: Sequence, y: Sequence, i: int, label: str, markers: bool = True) -> None:
     """The i-th line of a picture."""
-    marker, dash, colour = STYLES[i % len(STYLES)]
+    marker, dash, colour = style(i)
+    label = " " * label.startswith("_") + label  # matplotlib leaves names that begin so out of legends
     ax.plot(x, y, marker=marker if markers else None, linestyle=dash, color=colour, label=label, markersize=5)
     ax.grid(alpha=0.25)
 

@@ -5,7 +5,6 @@ config.json  the settings                       run.json     command, commit, ve
 log.jsonl    losses, one JSON object a line     meta.json, tokenizer.*  copied from the corpus
 """
 
-import errno
 import io
 import json
 import math
@@ -18,25 +17,32 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
 
-import numpy as np
-import torch
-
 import data
 from kv_router import Plan
 from model import GPT, GPTConfig, rope_frequencies
 from support import parallel
-from support.cli import Pace, UserError, checked, duration, first_line, replace_file
+from support.cli import (
+    Pace,
+    UserError,
+    checked,
+    duration,
+    ending_signals,
+    first_line,
+    lock,
+    out_of_memory,
+    quote,
+    replace_file,
+)
 
-try:
-    import fcntl
-except ImportError:  # Windows has no flock
-    fcntl = None
+import numpy as np
+import torch
 
 # --- loading a run ----------------------------------------------------------------------------------------
 
@@ -56,9 +62,11 @@ def load_checkpoint(path: Path) -> dict:
         # Errors here too, and not later, where these are no numbers.
         operator.index(checkpoint["step"]), float(checkpoint["time"]), float(checkpoint["best_val_loss"])
         return checkpoint
-    except UserError:
+    except (UserError, PermissionError):
         raise
     except Exception as e:  # a damaged file raises errors of many kinds
+        if out_of_memory(e):
+            raise MemoryError(f"while reading {path}, which is not damaged") from e
         raise UserError(f"{path} cannot be read as a checkpoint of nanokv ({first_line(e)})") from e
 
 
@@ -81,8 +89,10 @@ def find_checkpoint(folder: Path, best: bool = False) -> tuple[Path, dict]:
             except UserError as e:
                 errors.append(str(e))
     if not found:
-        train_one = f"no checkpoint in {folder}; train one: python train.py --out_dir={folder}"
-        raise UserError(errors[0] if errors else train_one)
+        fix = f"train one: python train.py --out_dir={quote(folder)}"
+        if runs := sorted(path.parent.name for path in folder.glob("*/ckpt.pt")):
+            fix = f"its runs are {', '.join(runs)}"
+        raise UserError(errors[0] if errors else f"no checkpoint in {folder}; {fix}")
     path = max(found, key=lambda path: found[path]["step"])
     if not best and not errors and path.name == "best.pt":  # killed after the one and before the other
         errors = [f"{folder / 'ckpt.pt'} is missing or older"]
@@ -103,19 +113,31 @@ def model_from(path: Path, checkpoint: dict) -> GPT:
         if config.tie_embeddings:
             model.lm_head.weight = model.embed.weight
     except Exception as e:  # tensors and settings that do not fit each other fail in many ways
+        if out_of_memory(e):
+            raise
         raise UserError(f"{path} does not hold the model that its settings name ({first_line(e)})") from e
     return model
 
 
 def load_run(out_dir: str | Path, device: str = "cpu") -> tuple[GPT, SimpleNamespace]:
     """The model of a training run, from its best checkpoint or where there is none its last, and the settings
-    that it was trained with, by their names in train.TrainConfig. UserError where the folder holds no run."""
+    that it was trained with, by their names in train.TrainConfig, and its `step`. UserError where the folder
+    holds no run."""
     folder = Path(out_dir)
     path, checkpoint = find_checkpoint(folder, best=True)
     if (folder / "meta.json").exists():
         if data.read_meta(folder)["train"]["sha256"] != checkpoint["corpus"]:
             raise UserError(f"{folder / 'meta.json'} is not of the corpus that {path} was trained on")
-    return model_from(path, checkpoint).to(device).eval(), SimpleNamespace(**checkpoint["config"])
+    config = SimpleNamespace(**checkpoint["config"], step=checkpoint["step"])
+    return model_from(path, checkpoint).to(device).eval(), config
+
+
+def fingerprint(model: GPT) -> str:
+    """A checksum of the weights, which tells whether a result is of these."""
+    crc = 0
+    for p in model.state_dict().values():
+        crc = zlib.crc32(p.cpu().contiguous().view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
 
 
 @torch.no_grad()
@@ -165,8 +187,8 @@ class Run:
     # --- starting ---
 
     def resume(self) -> dict:
-        """Take the folder and read its newest checkpoint."""
-        if self.folder.exists():
+        """Take the folder and then read its newest checkpoint, which another run may have been writing."""
+        if self.has_checkpoint():
             self.take_folder()
         self.source, self.checkpoint = find_checkpoint(self.folder)
         self.start = self.saved = self.looked_at = self.checkpoint["step"]
@@ -179,13 +201,21 @@ class Run:
     def take_folder(self) -> None:
         if self.writes and self.lock is None:
             self.lock = lock(self.folder / "run.lock")
+            for left in self.folder.glob("*.tmp"):  # by a run that was killed while it saved
+                left.unlink()
+
+    def has_checkpoint(self) -> bool:
+        return any((self.folder / name).exists() for name in ("ckpt.pt", "best.pt"))
 
     def refuse_used_folder(self) -> None:
-        """UserError where a new run cannot start in the folder, since it holds another."""
-        if any((self.folder / name).exists() for name in ("ckpt.pt", "best.pt")):
+        """UserError where a new run cannot start in the folder, since it holds another or is no run's."""
+        if self.has_checkpoint():
             raise UserError(
                 f"{self.folder} holds a run; continue it: --init_from=resume, or choose another --out_dir"
             )
+        # A run that was stopped before its first checkpoint leaves its lock, and may start again.
+        if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / "run.lock").exists():
+            raise UserError(f"{self.folder} holds other things than a run; choose another --out_dir")
 
     def find_corpus(self, folder: Path, block_size: int) -> int:
         """Open both splits of the corpus, which must be the one that the checkpoint was trained on; a
@@ -195,11 +225,12 @@ class Run:
         parallel.wait_for_all()
         self.tokens, self.held_out = (data.Tokens(folder, split, block_size) for split in data.SPLITS)
         meta = self.tokens.meta
-        self.corpus, self.corpus_sha = folder, meta["train"]["sha256"]
-        if self.checkpoint and self.checkpoint.get("corpus") != self.corpus_sha:
-            raise UserError(
-                f"{folder} is not the corpus that {self.folder} was trained on; use that or a new --out_dir"
-            )
+        self.corpus = folder
+        self.shas = {"corpus": meta["train"]["sha256"], "held_out": meta["val"]["sha256"]}
+        for key, sha in self.shas.items():
+            if self.checkpoint and self.checkpoint.get(key, sha) != sha:
+                trained = f"the corpus that {self.folder} was trained on"
+                raise UserError(f"{folder} is not {trained}; use that or a new --out_dir")
         return meta["vocab_size"]
 
     def open(self, settings: dict, about: dict) -> None:
@@ -213,10 +244,10 @@ class Run:
         self.take_folder()
         if not self.checkpoint:
             self.refuse_used_folder()  # another run can have filled it since
-        for name in ("meta.json", "tokenizer.tiktoken", "tokenizer.json"):  # to sample without the corpus
+        for name in ("meta.json", *data.TOKENIZER_FILES):  # to sample without the corpus
             if (self.corpus / name).exists():
                 replace_file(self.folder / name, (self.corpus / name).read_bytes())
-        about = {"command": shlex.join(sys.argv), "commit": git_commit(), "corpus": self.corpus_sha} | about
+        about = {"command": shlex.join(sys.argv), "commit": git_commit()} | self.shas | about
         about |= {"python": platform.python_version(), "torch": torch.__version__}
         about |= {"threads": torch.get_num_threads(), "ranks": parallel.RANKS}
         for name, content in (("config.json", settings), ("run.json", about)):
@@ -313,10 +344,13 @@ class Run:
         tensors = (t for moments in (state["model"], *state["optimizer"].values()) for t in moments.values())
         if not all(t.isfinite().all() for t in tensors):
             self.fail(f"the weights became infinite or nan by step {step}", "lower --learning_rate")
-        about = {"step": step, "best_val_loss": self.best, "time": self.seconds, "corpus": self.corpus_sha}
+        about = {"step": step, "best_val_loss": self.best, "time": self.seconds} | self.shas
         about |= {"config": self.settings, "model_config": vars(model.config)}
         content = io.BytesIO()
         torch.save(state | about, content)
+        held, path = os.fstat(self.lock.fileno()), self.folder / "run.lock"
+        if not (path.exists() and os.path.samestat(path.stat(), held)):
+            self.fail(f"{self.folder} was removed, or is another run's now", "choose another --out_dir")
         for name in names:
             try:
                 replace_file(self.folder / name, content.getbuffer())
@@ -329,12 +363,13 @@ class Run:
         """Say how the run ended, by itself or at the signal of this number, and what can be done next. Ends
         the process of a rank, and one that was stopped."""
         if stopped:
-            command = f"python train.py --out_dir={self.folder} --init_from=resume"
-            print(f"stopped and saved after step {self.saved}; go on: {command}")
+            go_on = f"{parallel.launcher()} --out_dir={quote(self.folder)} --init_from=resume"
+            print(f"stopped and saved after step {self.saved}; go on: {go_on}")
             parallel.leave(128 + stopped)
             sys.exit(128 + stopped)
         print(f"{self.folder}: {duration(self.seconds)}, best val {self.best:.4f} nats/token")
-        print(f"next: python sweep.py --out_dir {self.folder}; python sample.py --out_dir {self.folder}")
+        folder = quote(self.folder)
+        print(f"next: python sweep.py --out_dir {folder}; python sample.py --out_dir {folder}")
         parallel.leave()
 
     def fail(self, what: str, cure: str) -> NoReturn:
@@ -345,39 +380,21 @@ class Run:
         raise UserError(f"{what}; {last}; {cure}")
 
 
-def lock(path: Path):
-    """Open `path` and hold it against other runs until the process ends, however it ends. UserError where
-    another run holds it. Some file systems have no locks (Lustre and NFS mounts, Windows' shares); there a
-    second run is not noticed, which one line says."""
-    file = open(path, "a")
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except (OSError, ImportError) as e:
-        if getattr(e, "errno", None) in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK):
-            raise UserError(f"another run is at work in {path.parent}; choose another --out_dir") from e
-        print(f"{path.parent} cannot be locked ({e}): start no second run in it", file=sys.stderr)
-    return file
-
-
 class Signals:
-    """While it is entered, the first Ctrl-C or `kill` is only noted in `received`, so that the step under way
-    can be finished and saved; pressed again, it quits immediately."""
+    """While it is entered, the first Ctrl-C, `kill` or hang-up is only noted in `received`, so that the step
+    under way can be finished and saved; pressed again, it quits immediately."""
 
     def __enter__(self) -> "Signals":
         self.received = 0
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self.note) for number in ending_signals()}
         return self
 
     def note(self, number: int, frame) -> None:
         self.received = number
         for number in self.before:
             signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nfinishing this step to save it; press again to quit immediately\n")
+        with suppress(OSError):  # nobody reads it
+            os.write(2, b"\nfinishing this step to save it; press again to quit immediately\n")
 
     def __exit__(self, kind, error, traceback) -> None:
         for number, handler in self.before.items():

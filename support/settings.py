@@ -18,7 +18,6 @@ def start(cls, free_on_resume: set[str], description: str):
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
     given = given_settings(cls, description)
     c = cls(**given)
-    parallel.check(c.batch_size, c.shard)
     run = Run(c.out_dir, writes=parallel.RANK == 0)
     if c.init_from == "resume":
         before = checked(run.resume()["config"], cls, run.source)
@@ -33,6 +32,8 @@ def start(cls, free_on_resume: set[str], description: str):
     run.refuse_used_folder()
     if c.init_from.startswith("hf:"):
         folder = c.init_from[3:]
+        if not folder:
+            raise UserError("--init_from hf: needs a folder, hf:FOLDER")
         found = asdict(hf.read_config(folder, c.block_size))
         sizes = {f.name: found[f.name] for f in fields(cls) if f.name in found}
         free = {"plan", "router_lowest", "forward_passes", "backward_passes"}

@@ -8,13 +8,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import pytest
-import torch
-
 import data
 from kv_router import Plan
 from model import GPT, GPTConfig
 from support import cli
+
+import pytest
+import torch
 
 FAULTS = {}  # kind of fault -> what came of it -> how often; test_faults.py fills it
 SAID = []  # lines to be read at the end

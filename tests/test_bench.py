@@ -4,12 +4,12 @@ model. Its figures themselves are not for tests."""
 import json
 import time
 
+from kv_router import Plan
+from lab import bench
+
 import pytest
 import torch
 from conftest import make_model
-
-from kv_router import Plan
-from lab import bench
 
 TINY = ["--n_layer", 4, "--n_head", 4, "--n_kv_head", 2, "--n_embd", 32, "--vocab_size", 61, "--no_compile"]
 TINY += ["--device", "cpu", "--dtype", "float32", "--repeats", 1]
@@ -84,7 +84,7 @@ def test_a_clock_gives_the_seconds_between_marks():
         (["--memory_gb", "inf"], "--memory_gb inf"),
         (["--device", "cuda:9"], "--device cuda:9 is not available here"),
         (["--plans", "keep:9"], "layer '9'"),
-        (["--plans", "auto:0.5"], "takes one that was searched"),
+        (["--plans", "auto:0.5"], "--plans auto:0.5 takes what was searched for a run"),
     ],
 )
 def test_mistakes(args, part, tmp_path, refused, monkeypatch):
@@ -108,5 +108,6 @@ def test_a_run_is_measured_with_its_own_sizes(corpus, tmp_path, script, refused)
     status, text, err = script("lab/bench.py", *base, "--prompts", 16, "--new_tokens", 4)
     assert status == 0 and (out / "bench.png").exists(), err
     assert {r["name"] for r in rows_of(out / "bench.jsonl")} == set(bench.PLANS)
-    assert "--prompts 64 and 16 new tokens do not fit the context of 32" in refused("lab/bench.py", *base, "--prompts", 64)
+    line = refused("lab/bench.py", *base, "--prompts", 64)
+    assert "--prompts 64 and 16 new tokens do not fit the context of 32" in line
     assert "--n_layer is for random weights" in refused("lab/bench.py", *base, "--n_layer", 2)

@@ -1,14 +1,14 @@
 """Plans in which a layer reads one above it: the nine configurations of arXiv 2410.14442 and others."""
 
-import pytest
-import torch
-from conftest import SAID, make_model
-from test_model import CLOSE, cached_logits, reference_logits, tokens
-
 import kernels
 from kv_router import Plan, PlanError
 from model import GPTConfig, KVCache
 from support.costs import costs
+
+import pytest
+import torch
+from conftest import SAID, make_model
+from test_model import CLOSE, cached_logits, reference_logits, tokens
 
 NINE = [f"{a}-{b}" for a in ("pizza", "sandwich", "lasagna") for b in ("bottom", "middle", "top")]
 SIZES = [(3, 1), (4, 2), (6, 3), (7, 4), (5, 5)]  # layers, KV layers

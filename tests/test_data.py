@@ -6,11 +6,11 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-import pytest
-
 import data
 from support.cli import UserError
+
+import numpy as np
+import pytest
 
 TEXTS = [
     "the cat sat on the mat, the cat!\n    def f(x):\n        return x_1 + 123456\n" * 3,
@@ -20,7 +20,8 @@ TEXTS = [
 
 def slow_bpe(texts, vocab_size):
     """The definition: recount all pairs after every merge; the most frequent first, ties to lower ids."""
-    words = [list(w.encode()) for text in texts for w in re.findall(data.PATTERN, text)]
+    words = [w for text in texts for w in re.findall(data.PATTERN, text)]
+    words = [list(w[i : i + 32].encode()) for w in words for i in range(0, len(w), 32)]
     tokens = [bytes([b]) for b in range(256)]
     while len(tokens) < vocab_size - 1:
         pairs = Counter(p for word in words for p in zip(word, word[1:]))
@@ -151,7 +152,7 @@ def make_corpus(script, folder: Path, *flags) -> tuple[dict, str]:
     flags = ("--input", folder, "--name", "x", "--data_dir", to, "--tokenizer", "bytes", *flags)
     status, out, _ = script("data.py", *flags)
     assert status == 0
-    return data.verified(to / "x"), out
+    return data.read_meta(to / "x"), out
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
@@ -177,8 +178,7 @@ def test_utf_16_is_recognised(encoding, tmp_path, script, refused):
         (folder / name).write_text("some text\n" * 99)
     meta, out = make_corpus(script, folder)
     assert meta["train"]["bytes"] + meta["val"]["bytes"] == 2 * 990
-    assert "left out: 1 of 3 files" in out and "wide.txt" in out
-    assert "1 in UTF-16: convert with iconv -f UTF-16 -t UTF-8" in out
+    assert f"left out: 1 below {folder}: {folder / 'wide.txt'} is UTF-16" in out
 
 
 def test_a_folder_with_pictures_among_the_texts(tmp_path, script, refused):
@@ -190,8 +190,8 @@ def test_a_folder_with_pictures_among_the_texts(tmp_path, script, refused):
         (folder / f"photo{i}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
     meta, out = make_corpus(script, folder)
     assert meta["train"]["bytes"] + meta["val"]["bytes"] == 6 * 440
-    names = "photo0.png, photo1.png, photo2.png, ..."
-    assert f"left out: 5 of 11 files below {folder} are not UTF-8 text: {names}\n" in out
+    one = r"\S+photo\d.png is not UTF-8 text .*"
+    assert re.search(rf"left out: 5 below {folder}: ({one}; ){{3}}\.\.\.\n", out)
     chosen, out = make_corpus(script, folder, "--glob", "*.txt")
     assert chosen["train"]["bytes"] + chosen["val"]["bytes"] == 6 * 440 and "left out" not in out
     some, out = make_corpus(script, folder, "--glob", "[01]*")
@@ -201,10 +201,9 @@ def test_a_folder_with_pictures_among_the_texts(tmp_path, script, refused):
         (folder / f"photo{i}.png").write_bytes(b"\xff\xd8\xff\xe0" + bytes(range(256)))
     flags = ("--input", folder, "--name", "y", "--data_dir", tmp_path / "data")
     line = refused("data.py", *flags)
-    assert "7 of 13 files" in line and "photo0.png, photo1.png, photo2.png, ..." in line
-    assert "--glob '*.txt'" in line
+    assert f"most cannot be used, 7 below {folder}: " in line and "--glob '*.txt'" in line
     assert "no file below" in refused("data.py", *flags, "--glob", "*.md")
-    assert "7 of 7 files" in refused("data.py", *flags, "--glob", "*.png")
+    assert "most cannot be used, 7 below" in refused("data.py", *flags, "--glob", "*.png")
     assert sorted(os.listdir(tmp_path / "data")) == ["x"]
 
 
@@ -286,16 +285,13 @@ def test_a_stream_of_any_text_joins_to_it(any_enc):
 
 
 def test_a_stream_of_tokens_that_are_no_text(any_enc):
-    """Half characters at the end, ends of a text between words, and tokens that only the model has."""
+    """Half characters at the end, and ends of a text between words."""
     half = any_enc.encode_ordinary("the 𝄞")[:-1]
     pieces, rest = streamed(any_enc, half)
     assert "".join(pieces) == "the " and set(rest) == {"\ufffd"}
     the, end = any_enc.encode_ordinary("the"), any_enc.eot_token
     pieces, rest = streamed(any_enc, [*the, end, *the])
     assert "".join(pieces) + rest == any_enc.decode([*the, end, *the]) and pieces[0] != ""
-    pieces, rest = streamed(any_enc, [*half, any_enc.n_vocab, any_enc.n_vocab + 1000, *the])
-    text = "".join(pieces) + rest
-    assert text.startswith("the \ufffd") and text.endswith("\ufffdthe") and text.count("\ufffd") >= 3
 
 
 def test_what_a_tokenizer_puts_in_front_of_every_text(tmp_path):
@@ -349,9 +345,9 @@ def test_hugging_face_datasets_from_a_local_file(tmp_path, kind, script, refused
     assert status == 0
     meta = data.read_meta(tmp_path / "data" / "rows")
     assert meta["val"]["tokens"] == sum(len(f"row number {i} of the text\n") + 1 for i in (19, 39, 59))
-    assert "no text column 'text'; it has body, n" in refused("data.py", *flags)
-    assert "no text column 'n'" in refused("data.py", *flags, "--column", "n")
-    assert "--hf" in refused("data.py", *flags, "--split", "nope:[")
+    assert "no text in a column 'text'; it has body, n" in refused("data.py", *flags)
+    assert "no text in a column 'n'" in refused("data.py", *flags, "--column", "n")
+    assert "--hf" in refused("data.py", *flags, "--split", "nope:")
 
 
 def test_batches_are_a_pure_function_of_the_step(corpus):
@@ -370,7 +366,7 @@ def test_an_epoch_visits_every_window_once(corpus):
     for epoch in range(3):
         starts = [tokens._start(i, seed=5) for i in range(epoch * n, (epoch + 1) * n)]
         assert len(set(s // 16 for s in starts)) == n and len({s % 16 for s in starts}) == 1
-        assert 0 <= min(starts) and max(starts) + 16 < len(tokens.ids)
+        assert 0 <= min(starts) and max(starts) + 16 < tokens.n_tokens
     first, second = ([tokens._start(i, seed=5) for i in range(e * n, e * n + 50)] for e in (0, 1))
     assert first != second
 
@@ -383,7 +379,7 @@ def test_held_out_windows_are_fixed_and_disjoint(corpus):
         again = np.concatenate([x.numpy() for x, _ in tokens.held_out(n, 3)])
         assert (x == again).all()
     whole = np.concatenate([y.numpy().ravel() for _, y in tokens.held_out(10_000, 4)])
-    assert (whole == tokens.ids[1 : 1 + len(whole)]).all()
+    assert (whole == np.fromfile(corpus / "val.bin", "<u2")[1 : 1 + len(whole)]).all()
 
 
 def test_a_corpus_of_one_window(tmp_path):
@@ -398,27 +394,15 @@ def test_a_corpus_of_one_window(tmp_path):
 def test_damaged_corpora_are_refused(tmp_path):
     folder = tmp_path / "bad"
     data.prepare(folder, lambda: TEXTS * 20, "bpe:300", "a test")
-    good = (folder / "train.bin").read_bytes()
-    (folder / "train.bin").write_bytes(good[:-10])
-    with pytest.raises(UserError, match="meta.json says"):
-        data.Tokens(folder, "train", 8)
-    assert good[100] != 1
-    for split in ("train", "val"):  # a single wrong byte
-        raw = (folder / f"{split}.bin").read_bytes()
-        for name, content in (("train", good), (split, raw[:100] + b"\x01" + raw[101:])):
-            (folder / f"{name}.bin").write_bytes(content)
-        with pytest.raises(UserError, match=f"{split}.bin .* its sha256 is not the one in meta.json"):
-            data.verified(folder)
-        (folder / f"{split}.bin").write_bytes(raw if split == "val" else good)
-        assert data.verified(folder) == data.read_meta(folder)
-    (folder / "train.bin").write_bytes(np.full(len(good) // 2, 301, "<u2").tobytes())
-    with pytest.raises(UserError, match="token id 301 and the vocabulary has 30"):
-        data.Tokens(folder, "train", 8).batch(0, 1, seed=0)
-    (folder / "train.bin").unlink()
-    with pytest.raises(UserError, match="cannot read"):
-        data.Tokens(folder, "train", 8)
-    with pytest.raises(UserError, match="train.bin is missing"):
-        data.verified(folder)
+    for split in ("train", "val"):
+        file = folder / f"{split}.bin"
+        raw = file.read_bytes()
+        for bad in (raw[:-10], raw[:100] + b"\x01" + raw[101:], None):  # one has a single wrong byte
+            file.write_bytes(bad) if bad else file.unlink()
+            with pytest.raises(UserError, match=f"{split}.bin is missing or its sha256 is not that in"):
+                data.Tokens(folder, split, 8)
+        file.write_bytes(raw)
+        data.Tokens(folder, split, 8)
     (folder / "meta.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         data.Tokens(folder, "train", 8)
@@ -441,7 +425,7 @@ def test_mistakes_get_one_line_and_leave_nothing(tmp_path, refused, monkeypatch)
     assert "No such file" in refused("data.py", "--input", missing, *to)
     assert "--name" in refused("data.py", "--input", latin)
     assert "plain folder name" in refused("data.py", "--input", latin, "--name", "../x", "--data_dir", mine)
-    assert "exclude each other" in refused("data.py", "--input", latin, "--dataset", "python")
+    assert "not allowed with argument --input" in refused("data.py", "--input", latin, "--dataset", "python")
     assert "valid are bpe:SIZE" in refused("data.py", "--tokenizer", "bpe", "--data_dir", mine)
     assert "bpe:257" in refused("data.py", "--tokenizer", "bpe:100", "--data_dir", mine)
     assert "did you mean --tokenizer" in refused("data.py", "--tokeniser", "bytes")

@@ -4,17 +4,17 @@ find what was left on the CPU, what mixes devices, and where the host would have
 import ctypes
 import subprocess
 
-import pytest
-import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-
 import kernels
 from kv_router import StochasticRouter
 from model import GPT, GPTConfig, KVCache
 from support import hf
 from support.devices import CudaGraph
 from train import TrainConfig, make_optimizers
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 PLANS = ["full", "cla:2", "fusedkv", "fusedkv-lite", "shared-v", "0_1_k1v0+1_k0+1v0"]
 CYCLIC = "sandwich-top:2"

@@ -2,16 +2,16 @@
 
 import math
 
-import pytest
-import torch
-import torch._dynamo
-from conftest import acyclic_plans, make_model
-
 import kernels
 import model as model_module
 from kv_router import Plan, PlanError, StochasticRouter
 from model import GPT, GPTConfig, KVCache
 from support.costs import costs
+
+import pytest
+import torch
+import torch._dynamo
+from conftest import acyclic_plans, make_model
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # float32, logits of order 10
 
@@ -335,7 +335,7 @@ def test_loss_is_the_cross_entropy_of_the_logits():
 @pytest.mark.parametrize("rows", [1, 5, 1000])
 def test_the_loss_by_chunks_has_the_gradients_of_the_whole(rows, monkeypatch):
     """With a gradient from above that is not one; and no more logits at a time than a chunk's."""
-    monkeypatch.setitem(kernels.LOGITS, "cpu", 61 * rows)
+    monkeypatch.setattr(kernels, "LOGITS", 61 * rows)
     torch.manual_seed(0)
     x, w = torch.randn(2, 9, 16, requires_grad=True), torch.randn(61, 16, requires_grad=True)
     targets, sizes = tokens(2, 9), []
@@ -355,7 +355,7 @@ def test_the_loss_by_chunks_has_the_gradients_of_the_whole(rows, monkeypatch):
 @pytest.mark.parametrize(
     "built, asked, part",
     [
-        ("fusedkv", "full", "this model, built for 'fusedkv': layer 2 reads K of layer 2; it has K of layers"),
+        ("fusedkv", "full", "built for 'fusedkv': layer 2 reads K of layer 2; it has K of layers"),
         ("full", "fusedkv", "layer 2 fuses K of layers (0, 1), for which it has no gates"),
         ("0_1_2_k1v0+1", "0_1_2_k2v0+2", "for which it has no gates"),
         ("cla:2", "keep:0,1", "layer 1 reads K of layer 1"),

@@ -6,11 +6,6 @@ import socket
 import sys
 from types import SimpleNamespace
 
-import pytest
-import torch
-from conftest import make_model
-from test_train import flags
-
 import data
 import sweep
 import train
@@ -18,6 +13,11 @@ from lab import tasks
 from support.cli import UserError
 from support.hf import save_hf
 from support.runs import load_run
+
+import pytest
+import torch
+from conftest import make_model
+from test_train import flags
 
 pytest.importorskip("lm_eval")
 
@@ -182,6 +182,7 @@ def test_a_folder_with_a_tokenizer_json(run, tmp_path, refused):
     pytest.importorskip("safetensors")
     tokenizer = tokenizers.ByteLevelBPETokenizer()
     tokenizer.train_from_iterator([TEXT], vocab_size=280, special_tokens=["<|endoftext|>", "<s>"])
+    tmp_path /= "folder"
     save_hf(make_model(vocab_size=300), tmp_path)
     for first in ("", "<s> "):
         tokenizer._tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
@@ -200,10 +201,10 @@ def test_a_folder_with_a_tokenizer_json(run, tmp_path, refused):
             targets, ids = ids[len(asked) :], ids[-33:]
             logp = model.logits(torch.tensor([ids[:-1]]))[0].log_softmax(-1)[-len(targets) :]
             assert value == pytest.approx(sum(float(p[i]) for p, i in zip(logp, targets)), rel=1e-4)
-    save_hf(make_model(vocab_size=61), tmp_path)
-    assert "more tokens than its model" in refused(
-        "lab/tasks.py", "--out_dir", f"hf:{tmp_path}", "--tasks", "quiz"
-    )
+    small = tmp_path.with_name("small")
+    save_hf(make_model(vocab_size=61), small, tokenizer=tmp_path)
+    line = refused("lab/tasks.py", "--out_dir", f"hf:{small}", "--tasks", "quiz")
+    assert "more tokens than its model" in line
     assert "names two runs" in refused("lab/tasks.py", "--out_dir", run, f"hf:{run}", "--tasks", "quiz")
 
 
@@ -221,7 +222,8 @@ def test_mistakes_get_one_line(run, task_dir, tmp_path, refused, monkeypatch):
     assert "scores log-likelihoods only" in refused(*command, "write")
     assert "no such plan" in refused(*command, "quiz", "--plans", "nope")
     assert "required: --tasks" in refused("lab/tasks.py", "--out_dir", run)
-    assert "cannot read" in refused("lab/tasks.py", "--out_dir", f"hf:{run / 'none'}", *command[3:], "quiz")
+    line = refused("lab/tasks.py", "--out_dir", f"hf:{run / 'none'}", *command[3:], "quiz")
+    assert "is no folder here; download it first" in line
     for name in ("lm_eval", "lm_eval.tasks"):
         monkeypatch.setitem(sys.modules, name, None)
     assert "pip install lm-eval" in refused(*command, "quiz")

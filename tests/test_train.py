@@ -13,10 +13,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-import torch
-from conftest import ROOT
-
 import data
 import train
 from data import Tokens
@@ -26,6 +22,10 @@ from support import devices
 from support.cli import read_toml
 from support.runs import load_checkpoint, load_run, window_losses
 from train import TrainConfig
+
+import pytest
+import torch
+from conftest import ROOT
 
 SMALL = {
     "n_layer": 4, "n_embd": 32, "n_head": 4, "n_kv_head": 2, "block_size": 32, "batch_size": 8,
@@ -283,7 +283,7 @@ def test_mistakes_get_one_line_and_leave_nothing(corpus, tmp_path, refused, trai
     assert "did you mean --n_layer" in refused("train.py", "--n_layers=3")
     assert not out.exists()
     (tmp_path / "file").write_text("")
-    assert "File exists" in refused("train.py", *flags(corpus, tmp_path / "file"))
+    assert "file: Not a directory" in refused("train.py", *flags(corpus, tmp_path / "file"))
     used = trained / "normal"
     before = (used / "ckpt.pt").read_bytes()
     assert "holds a run" in refused("train.py", *flags(corpus, used))
@@ -517,9 +517,9 @@ def test_presets_are_valid(path):
 
 
 def test_a_missing_compiler_is_named(trained, refused, script, monkeypatch):
-    monkeypatch.setattr(devices, "why_not_compile", lambda device: "a C++ compiler (g++, clang++)")
+    monkeypatch.setattr(devices, "why_not_compile", lambda device: "no g++")
     out = trained / "stochastic"
-    needs = "compiling needs a C++ compiler (g++, clang++); install that, or "
+    needs = "compiling fails here (no g++); mend that, or "
     assert needs + "leave --compile out" in refused("sample.py", "--out_dir", out, "--compile")
     assert needs + "add --no_compile" in refused("lab/bench.py", "--out_dir", out, "--plans", "full")
     assert script("sample.py", "--out_dir", out, "--max_new_tokens", 2)[0] == 0
@@ -631,12 +631,8 @@ def test_search_finds_plans_and_auto_takes_them(trained, tmp_path, script, refus
     status, text, _ = script("sample.py", "--out_dir", out, "--plan", "auto:0.5", "--max_new_tokens", 4)
     best = min((r for r in rows if r["cache_ratio"] <= 0.5), key=lambda r: r["calibration_loss"])
     assert status == 0 and f"--- {best['plan']}: first token" in text
-    assert "ask for more" in refused(
-        "sample.py", "--out_dir", out, "--plan", "auto:0.1", "--max_new_tokens", 4
-    )
-    assert "is not a share" in refused(
-        "sample.py", "--out_dir", out, "--plan", "auto:half", "--max_new_tokens", 4
-    )
+    for share, part in (("0.1", "the smallest cache found is 0.25 of the full one"), ("half", "could not")):
+        assert part in refused("sample.py", "--out_dir", out, "--plan", f"auto:{share}")
 
 
 def test_fine_tuning_and_conversion_start_from_a_folder(trained, corpus, tmp_path, script, refused):
@@ -778,5 +774,5 @@ def test_the_scripts_run_without_what_only_unix_has(corpus, tmp_path):
         "sweep.py --out_dir run --windows 2 --device cpu",
     ]
     output = python(WITHOUT_UNIX, ";".join(commands), cwd=tmp_path)
-    assert output.count("cannot be locked") == 2 and "best val" in output and "first token after" in output
+    assert output.count("cannot be locked") == 3 and "best val" in output and "first token after" in output
     assert (tmp_path / "run" / "cache_vs_loss.png").exists()
