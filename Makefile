@@ -1,6 +1,7 @@
 # make demo     from nothing to the picture: environment, corpus, four models, sweep, samples
 # make results  the papers' claims in miniature: RESULTS.md
 # make test     lint and tests
+# make gpu      what only a GPU can tell: out/gpu/report.md
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -8,7 +9,7 @@ DEMO := out/demo
 # A run that was stopped goes on where it was; a finished one is left alone.
 from = --init_from=$(if $(wildcard $(DEMO)/$(1)/*.pt),resume,scratch)
 
-.PHONY: demo results test
+.PHONY: demo results test gpu
 
 demo: .venv/installed
 	$(PY) train.py config/demo.toml --out_dir=$(DEMO)/normal $(call from,normal)
@@ -25,6 +26,9 @@ results: .venv/installed-dev  # to fine-tune, the studies write and read Hugging
 test: .venv/installed-dev
 	.venv/bin/ruff check .
 	$(PY) -m pytest -n auto
+
+gpu:  # with the Python that is there, which has a torch for its GPU
+	$(PYTHON) -m lab.gpu
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nanokv needs Python 3.11 or newer: make PYTHON=python3.12 ...")'

@@ -265,6 +265,7 @@ def arguments() -> argparse.Namespace:
     add("--train", action="store_true", help="measure training steps instead")
     add("--config", type=user_path, help="with --train: a recipe, for example config/demo.toml")
     add("--optimizer", choices=("adamw", "muon"), help="with --train [the recipe's]")
+    add("--save_dir", type=user_path, help="where the results go [the run's folder, or out/bench]")
     add("--device", default="auto", help="cpu, cuda, ... [auto]")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="[auto]")
     args = parser.parse_args()
@@ -307,7 +308,7 @@ def main():
     where = device_name(device) + f", {torch.get_num_threads()} threads" * (device == "cpu")
     about = {"device": where, "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__}
     about |= {"compile": not args.no_compile, "command": " ".join(sys.argv)}
-    folder = Path(args.out_dir or "out/bench")
+    folder = Path(args.save_dir or args.out_dir or "out/bench")
     if args.train:
         bench_train.measure(args, device, dtype, about, folder / "bench_train.jsonl", take_turns)
         return

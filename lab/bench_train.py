@@ -13,7 +13,7 @@ from kv_router import StochasticRouter
 from model import GPT
 from support.cli import UserError, human, read_toml, table, write_lines
 from support.costs import costs
-from support.devices import autocast, matmul_peak
+from support.devices import autocast, data_sheet_peak, matmul_peak
 from train import TrainConfig, make_optimizers, take_step
 
 import torch
@@ -68,15 +68,16 @@ def measure(args, device: str, dtype: torch.dtype, about: dict, path: Path, take
         return time.perf_counter() - began
 
     seconds = take_turns({(name,): partial(timed, step) for name, step in steps.items()}, args.repeats)
-    peak = matmul_peak(device, dtype)
-    lines = [["", "tokens/s", "ratio", "FLOP/s", "of matmul peak", "peak memory"]]
+    peak, sheet = matmul_peak(device, dtype), data_sheet_peak(device)
+    lines = [["", "tokens/s", "ratio", "FLOP/s", "of matmul peak", "of data sheet", "peak memory"]]
     for row in rows:
         second = median(seconds[row["name"],])
         row |= {"tokens_per_s": idx.numel() / second, "flops_per_s": row["flops"] / second}
         row |= {"of_peak": row["flops_per_s"] / peak, "peak_memory": peak_memory(steps[row["name"]], device)}
         cells = [row["name"], f"{row['tokens_per_s']:,.0f}"]
         cells += [f"{row['tokens_per_s'] / rows[0]['tokens_per_s']:.2f}", human(row["flops_per_s"])]
-        lines.append(cells + [f"{row['of_peak']:.0%}", human(row["peak_memory"], "B")])
+        of_sheet = f"{row['flops_per_s'] / sheet:.0%}" if sheet else ""
+        lines.append(cells + [f"{row['of_peak']:.0%}", of_sheet, human(row["peak_memory"], "B")])
     compiled = "compiled" if about["compile"] else "not compiled"
     print(f"{about['device']}, {about['dtype']}, {base.optimizer}, {compiled}")
     print(table(lines))

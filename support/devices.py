@@ -129,6 +129,16 @@ def device_memory(device: str) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+# FLOP/s in bfloat16 that data sheets name, by a part of the card's name.
+DATA_SHEETS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12}
+
+
+def data_sheet_peak(device: str) -> float | None:
+    """FLOP/s in bfloat16 by the data sheet of a GPU, where it is known."""
+    name = device_name(device)
+    return next((peak for card, peak in DATA_SHEETS.items() if card in name), None)
+
+
 def matmul_peak(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, the best of a few: what a training step could reach at most."""
     n = 8192 if device.startswith("cuda") else 1024
