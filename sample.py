@@ -14,7 +14,7 @@ from model import GPT, KVCache
 from support import cli
 from support.cli import Parser, UserError, at_least, human, read_text, user_path
 from support.devices import pick_device, pick_dtype, require_compiler
-from support.runs import load_run
+from support.hf import with_tokenizer
 from sweep import auto_plan
 
 import torch
@@ -23,7 +23,7 @@ import torch
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--out_dir", type=user_path, default="out/run", help="the run to sample from [out/run]")
+    add("--out_dir", type=user_path, default="out/run", help="a run, or hf:FOLDER [out/run]")
     add(
         "--plan",
         action="append",
@@ -81,11 +81,8 @@ def main():
     dtype, _ = pick_dtype(args.dtype, device)
     if args.compile:
         require_compiler(device, "leave --compile out")
-    model, _ = load_run(args.out_dir, device)
-    enc = data.load_tokenizer(args.out_dir)
+    model, enc = with_tokenizer(args.out_dir, device)
     text = read_text(Path(user_path(args.start[5:]))) if args.start.startswith("FILE:") else args.start
-    if enc.n_vocab > model.config.vocab_size:
-        raise UserError(f"the tokenizer in {args.out_dir} has more tokens than its model; copy the right one")
     prompt = data.prompt(enc, text)
     room = model.config.block_size - len(prompt)
     args.max_new_tokens = args.max_new_tokens or max(1, min(128, room))

@@ -35,12 +35,15 @@ from support.cli import (
     user_path,
     write_lines,
 )
+from support.convert import reading_errors
 from support.costs import costs
 from support.devices import autocast, pick_device, pick_dtype
+from support.hf import check_tokenizer, load, results_folder
 from support.plots import label_percentages, line, picture, style
-from support.runs import fingerprint, load_run, window_losses
+from support.runs import fingerprint, window_losses
 
 import numpy as np
+import torch
 
 # --- plans to look at -------------------------------------------------------------------------------------
 
@@ -117,6 +120,8 @@ def auto_plan(spec: str, out_dir: str, model: GPT) -> str:
     name, _, share = spec.partition(":")
     if name != "auto":
         return spec
+    if out_dir.startswith("hf:"):
+        raise UserError(f"plan {spec!r} is for runs; take a plan itself, from the search.jsonl of --save_dir")
     path, again = Path(out_dir) / "search.jsonl", f"python sweep.py --out_dir {quote(out_dir)} --search"
     rows = read_json(path, again, lines=True)
     try:
@@ -285,18 +290,21 @@ def run_name(folder: str, others: dict) -> str:
     return name
 
 
-def load_runs(
-    folders: list[str], device: str, data_dir: str | None = None
-) -> tuple[dict[str, GPT], data.Tokens, list[SimpleNamespace]]:
+def load_runs(args, device: str) -> tuple[dict[str, GPT], data.Tokens, list[SimpleNamespace]]:
     """The models, named by their folders, the held-out text, which must be the same for all of them, and
     their settings. UserError where the runs differ in corpus or context."""
-    runs, tokens, settings = {}, None, []
+    runs, tokens, settings, folders = {}, None, [], args.out_dir
     for folder in folders:
-        model, config = load_run(folder, device)
+        model, config = load(folder, device, args.block_size)
         name = run_name(folder, runs)
-        corpus = Path(data_dir or config.data_dir) / config.dataset
-        found = data.Tokens(corpus, "val", model.config.block_size)
-        if data.read_meta(Path(folder)).get("val") != found.meta["val"]:
+        if not (dataset := args.dataset or config.dataset):
+            raise UserError(f"{folder} needs --dataset NAME, a corpus of its own tokenizer (python data.py)")
+        corpus = Path(args.data_dir or config.data_dir) / dataset
+        context = model.config.block_size
+        found = data.Tokens(corpus, "val", min(args.block_size or context, context))
+        if folder.startswith("hf:"):
+            check_tokenizer(folder[3:], model, corpus)
+        elif data.read_meta(Path(folder)).get("val") != found.meta["val"]:
             raise UserError(
                 f"{corpus} is not the corpus that {folder} was trained on; make that again: python data.py"
             )
@@ -310,31 +318,40 @@ def load_runs(
     return runs, tokens, settings
 
 
-def around(folders: list[str]) -> Path:
-    """The folder of a single run, or the one around several."""
-    paths = [os.path.abspath(folder.removeprefix("hf:")) for folder in folders]
-    return Path(os.path.relpath(os.path.commonpath(paths)))
-
-
-def search_and_save(folder: str, model: GPT, step: int, loss: Callable[[Plan], float]) -> list[Plan]:
-    """The plans found for a run; they go into its search.jsonl, where `auto:` finds them, with the step and
-    the weights that they were found for."""
+def search_and_save(
+    folder: str, model: GPT, step: int, loss: Callable[[Plan], float], path: Path
+) -> list[Plan]:
+    """The plans found for a run or a Hugging Face folder; they go to `path`, for a run the search.jsonl where
+    `auto:` finds them, with the step and the weights that they were found for."""
     if model.plan.cyclic or any(len(route.k + route.v) > 2 for route in model.plan.routes):
         built = f"{folder} was built for {model.plan.spec!r}, which iterates or fuses"
         raise UserError(f"--search moves what layers read from one layer to another, and {built}")
-    path = search(model.plan, loss, model.config.router_lowest)
+    found = search(model.plan, loss, model.config.router_lowest)
     about = {"step": step, "weights": fingerprint(model)}
     rows = [
-        {"plan": p.spec, "cache_ratio": p.cache_ratio, "calibration_loss": loss} | about for p, loss in path
+        {"plan": p.spec, "cache_ratio": p.cache_ratio, "calibration_loss": loss} | about for p, loss in found
     ]
-    write_lines(rows, Path(folder) / "search.jsonl")
-    return [plan for plan, _ in path]
+    write_lines(rows, path)
+    return [plan for plan, _ in found]
+
+
+def by_reading_errors(model: GPT, idx: torch.Tensor) -> Callable[[Plan], float]:
+    """A stand-in for the loss of a pretrained model, which would say little before conversion: the sum of
+    what every layer gets wrong, see `convert.reading_errors`, for plans without fusion."""
+    errors = reading_errors(model, idx)
+
+    def loss(plan: Plan) -> float:
+        reads = [(i, kind, getattr(route, kind)[0]) for i, route in enumerate(plan.routes) for kind in "kv"]
+        return sum(errors[read] for read in reads if read[0] != read[2])
+
+    return loss
 
 
 def arguments():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--out_dir", type=user_path, nargs="+", required=True, metavar="RUN", help="the runs to compare")
+    what = "runs to compare, or hf:FOLDER"
+    add("--out_dir", type=user_path, nargs="+", required=True, metavar="RUN", help=what)
     add(
         "--plans",
         nargs="+",
@@ -342,11 +359,13 @@ def arguments():
         help="plans to score; auto:0.5 is the best that --search found within half the cache "
         "[kept layers from all to one, yoco, fusedkv-lite]",
     )
-    add("--windows", type=at_least(1), default=128, help="held-out windows of the context length [128]")
+    add("--windows", type=at_least(1), default=128, help="held-out windows [128]")
+    add("--block_size", type=at_least(1), help="tokens of a window [the context of the models]")
     add("--batch_size", type=at_least(1), default=16, help="windows at a time [16]")
     add("--save_dir", type=user_path, help="where the results go [the run's folder, or that around several]")
     add("--search", action="store_true", help="find good plans for every cache size first")
     add("--curves", action="store_true", help="only draw the losses logged in training")
+    add("--dataset", help="a corpus below --data_dir [as in training]")
     add("--data_dir", type=user_path, help="where tokenized corpora live [as in training]")
     add("--device", default="auto", help="cpu, cuda, ... [auto]")
     add("--dtype", choices=("auto", "float32", "bfloat16"), help="of matrix products [as in training]")
@@ -355,24 +374,37 @@ def arguments():
 
 def main():
     args = arguments()
-    folder = Path(args.save_dir or around(args.out_dir))
+    folder = results_folder(args.save_dir, args.out_dir)
     if args.curves:
         draw_curves(args.out_dir, folder / "curves.png")
         print(f"wrote {folder / 'curves.png'}")
         return
     device = pick_device(args.device, many_shapes=True)
-    runs, tokens, settings = load_runs(args.out_dir, device, args.data_dir)
+    runs, tokens, settings = load_runs(args, device)
     dtype, _ = pick_dtype(args.dtype or settings[0].dtype, device)
     measure = partial(window_losses, batch_size=args.batch_size, context=partial(autocast, device, dtype))
 
     found = {}
     for path, config, (name, model) in zip(args.out_dir, settings, runs.items()):
-        if args.search:
-            train_tokens = data.Tokens(tokens.path.parent, "train", tokens.block_size)
-            losses = partial(measure, model, train_tokens, args.windows // 4 or 1)
-            found[name] = search_and_save(
-                path, model, config.step, lambda plan, losses=losses: float(losses(plan=plan).mean())
-            )
+        if not args.search:
+            continue
+        text, n = data.Tokens(tokens.path.parent, "train", tokens.block_size), args.windows // 4 or 1
+        if path.startswith("hf:"):
+            idx = torch.cat([x for x, _ in text.held_out(n, n)]).to(device)
+            plans = search_and_save(path, model, 0, by_reading_errors(model, idx), folder / "search.jsonl")
+            print(f"wrote {folder / 'search.jsonl'}; for --init_from={quote(path)}:")
+            for share in (0.9, 0.75, 0.625, 0.5, 0.375, 0.25):
+                plan = next(plan for plan in plans if plan.cache_ratio <= share)
+                print(f"{plan.cache_ratio:.1%}  --plan={plan.spec}")
+            return
+        losses = partial(measure, model, text, n)
+        found[name] = search_and_save(
+            path,
+            model,
+            config.step,
+            lambda plan, losses=losses: float(losses(plan=plan).mean()),
+            Path(path) / "search.jsonl",
+        )
     todo = choose(runs, args.out_dir, args.plans, found)
     rows = score(runs, todo, tokens, lambda model, plan: measure(model, tokens, args.windows, plan=plan))
     print(score_table(rows))

@@ -15,7 +15,7 @@ from pathlib import Path
 import kernels
 from kv_router import StochasticRouter, uniform_below
 from model import GPT, GPTConfig
-from support import cli, devices, hf, parallel, settings
+from support import cli, convert, devices, parallel, settings
 from support.cli import UserError, setting
 from support.runs import Run, Signals, model_from, window_losses
 
@@ -27,6 +27,7 @@ from torch import Tensor
 class TrainConfig:
     out_dir: str = setting("out/run", "where checkpoints, logs and settings of this run go")
     init_from: str = setting("scratch", "scratch; resume: from out_dir; hf:FOLDER: a Hugging Face folder")
+    fit_tokens: int = setting(16384, "with hf:FOLDER and a plan: tokens that it is fitted to; 0 is off")
     # the data
     dataset: str = setting("python", "a corpus below data_dir; python and shakespeare are made when missing")
     data_dir: str = setting("data", "where tokenized corpora live")
@@ -261,7 +262,7 @@ def make_model(c: TrainConfig, run: Run, vocab_size: int, device: str) -> GPT:
     if run.checkpoint:
         return model_from(run.source, run.checkpoint)
     if c.init_from.startswith("hf:"):
-        return hf.pretrained(c.init_from[3:], config, c.corpus)
+        return convert.pretrained(c.init_from[3:], config, run.tokens, c.fit_tokens, device)
     return GPT(config)
 
 

@@ -20,10 +20,11 @@ from lab import bench_train
 from model import GPT, GPTConfig, KVCache
 from support import cli, hf
 from support.cli import Parser, Progress, UserError, at_least, human, table, user_path, write_lines
+from support.convert import convert
 from support.costs import costs
 from support.devices import device_name, pick_device, pick_dtype, require_compiler
+from support.hf import results_folder
 from support.plots import line, picture
-from support.runs import load_run
 from sweep import auto_plan
 
 import torch
@@ -43,7 +44,7 @@ class Ours:
         try:
             self.plan = model.resolve(spec)
         except PlanError:  # it lacks gates: a copy that has some takes as long as a trained one
-            model = hf.convert(model, spec)
+            model = convert(model, spec)
             self.plan = model.plan
         self.model, self.name, self.kept = model, spec, {}
         self.placement = {"dtype": model.embed.weight.dtype, "device": model.embed.weight.device}
@@ -251,7 +252,7 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
 def arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--out_dir", type=user_path, help="a run to measure: its own sizes and plans; results go there")
+    add("--out_dir", type=user_path, help="a run to measure, or hf:FOLDER: its own sizes and plans")
     for name, default in SHAPE.items():
         add(f"--{name}", type=at_least(1), help=f"of random weights, without --out_dir [{default}]")
     add("--plans", nargs="+", metavar="SPEC", help=f"the first is the reference [{' '.join(PLANS)}]")
@@ -285,7 +286,7 @@ def make_contenders(args, device: str, dtype: torch.dtype) -> list[Ours]:
     elif sizes:
         raise UserError(f"--{next(iter(sizes))} is for random weights; {args.out_dir} has its own sizes")
     else:
-        model, _ = load_run(args.out_dir)
+        model, _ = hf.load(args.out_dir, "cpu")
         if need > model.config.block_size:
             raise UserError(
                 f"--prompts {max(args.prompts)} and {args.new_tokens} new tokens do not fit the context of "
@@ -308,7 +309,7 @@ def main():
     where = device_name(device) + f", {torch.get_num_threads()} threads" * (device == "cpu")
     about = {"device": where, "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__}
     about |= {"compile": not args.no_compile, "command": " ".join(sys.argv)}
-    folder = Path(args.save_dir or args.out_dir or "out/bench")
+    folder = results_folder(args.save_dir, [args.out_dir or "out/bench"])
     if args.train:
         bench_train.measure(args, device, dtype, about, folder / "bench_train.jsonl", take_turns)
         return

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 
-import data
 from kv_router import Plan
 from model import GPT, KV
 from support import cli
@@ -32,9 +31,8 @@ from support.cli import (
     write_lines,
 )
 from support.devices import pick_device
-from support.hf import load_hf
-from support.runs import load_run
-from sweep import around, choose, run_name
+from support.hf import results_folder, with_tokenizer
+from sweep import choose, run_name
 
 import numpy as np
 import torch
@@ -213,16 +211,8 @@ def load_with_tokenizers(folders: list[str], device: str) -> tuple[dict[str, GPT
     """The models and their tokenizers, both named by their folders: runs, or hf:FOLDER for Hugging Face's."""
     runs, encs = {}, {}
     for folder in folders:
-        name, path = run_name(folder, runs), Path(folder.removeprefix("hf:"))
-        if not folder.startswith("hf:"):
-            model, enc = load_run(path, device)[0], data.load_tokenizer(path)
-        else:
-            model, own = load_hf(path).to(device), path / "tokenizer.tiktoken"
-            # support.hf copies it from a run; a folder from elsewhere has a tokenizer.json.
-            enc = data.open_tokenizer(own.name if own.exists() else "tokenizer.json", path)
-        if enc.n_vocab > model.config.vocab_size:
-            raise UserError(f"the tokenizer in {path} has more tokens than its model; copy the right one")
-        runs[name], encs[name] = model, enc
+        name = run_name(folder, runs)
+        runs[name], encs[name] = with_tokenizer(folder, device)
     return runs, encs
 
 
@@ -247,6 +237,7 @@ def main():
     )
     add("--device", default="auto", help="cpu, cuda, ... [auto]")
     args = parser.parse_args()
+    path = results_folder(args.save_dir, args.out_dir) / "tasks.jsonl"
     runs, encs = load_with_tokenizers(args.out_dir, pick_device(args.device, many_shapes=True))
     todo = choose(runs, args.out_dir, args.plans)
     tasks = load_tasks(args.tasks, args.task_dir)
@@ -255,7 +246,6 @@ def main():
     scored = {row["task"] for row in rows}
     parts = {part for group, names in tasks["group_map"].items() if group in scored for part in names}
     print(task_table([row for row in rows if row["task"] not in parts - set(args.tasks)]))
-    path = Path(args.save_dir or around(args.out_dir)) / "tasks.jsonl"
     write_lines(rows, path)
     print(f"wrote {path}")
 

@@ -1,5 +1,4 @@
-"""Hugging Face checkpoint folders in and out (Llama with SmolLM, Mistral, Qwen2, Qwen3), and conversion to a
-plan.
+"""Hugging Face checkpoint folders in and out: Llama with SmolLM, Mistral, Qwen2, Qwen3.
 
     python -m support.hf RUN FOLDER              # write a training run as such a folder
     model = load_hf("path/to/SmolLM2-135M")      # config.json and model*.safetensors
@@ -10,12 +9,13 @@ that change nothing are passed over. A plan stands in config.json under "nanokv"
 weights."""
 
 import json
+import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import data
-from kv_router import Plan, PlanError
+from kv_router import PlanError
 from model import GPT, GPTConfig
 from support import cli
 from support.cli import Parser, UserError, checked, new_folder, out_of_memory, read_json, user_path
@@ -239,6 +239,39 @@ def load_hf(folder: str | Path, block_size: int | None = None, dtype: torch.dtyp
     return model.eval()
 
 
+def load(source: str, device: str, block_size: int | None = None) -> tuple[GPT, SimpleNamespace]:
+    """The model of a run or, as hf:FOLDER, in a Hugging Face folder, and its settings as in `load_run`; a
+    folder names no dataset."""
+    if not source.startswith("hf:"):
+        return load_run(source, device)
+    settings = SimpleNamespace(data_dir="data", dataset=None, dtype="auto", step=0)
+    return load_hf(source[3:], block_size).to(device), settings
+
+
+def with_tokenizer(source: str, device: str):
+    """The model as in `load`, and its tokenizer. UserError where that has more tokens than the model."""
+    model, _ = load(source, device)
+    folder = Path(source.removeprefix("hf:"))
+    if not source.startswith("hf:"):
+        enc = data.load_tokenizer(folder)
+    else:  # `save_hf` copies a run's own; a folder from elsewhere has a tokenizer.json
+        own = folder / "tokenizer.tiktoken"
+        enc = data.open_tokenizer(own.name if own.exists() else "tokenizer.json", folder)
+    if enc.n_vocab > model.config.vocab_size:
+        raise UserError(f"the tokenizer in {folder} has more tokens than its model; copy the right one")
+    return model, enc
+
+
+def results_folder(save_dir: str | None, sources: list[str]) -> Path:
+    """Where the results of some models go: `save_dir`, or the folder of a single run, or the one around
+    several. UserError where that would be a Hugging Face folder, which is not ours."""
+    if save_dir:
+        return Path(save_dir)
+    if any(source.startswith("hf:") for source in sources):
+        raise UserError("--save_dir FOLDER is needed with hf:FOLDER, for the results")
+    return Path(os.path.relpath(os.path.commonpath(list(map(os.path.abspath, sources)))))
+
+
 def hf_name(name: str) -> str:
     """blocks.3.attn.q_proj.weight -> model.layers.3.self_attn.q_proj.weight"""
     if name == "lm_head.weight":
@@ -254,13 +287,8 @@ def hf_name(name: str) -> str:
     return "model." + name
 
 
-# --- conversion to a plan ---------------------------------------------------------------------------------
-
-
-def pretrained(folder: str, config: GPTConfig, corpus: Path) -> GPT:
-    """The model in a Hugging Face folder with the context, plan and passes of `config`. UserError where the
-    corpus was not tokenized with the folder's own tokenizer."""
-    model = load_hf(folder, config.block_size)
+def check_tokenizer(folder: str, model: GPT, corpus: Path) -> None:
+    """UserError where the corpus was not tokenized with the folder's own tokenizer."""
     meta = data.read_meta(corpus)
     again = f"python data.py --tokenizer {Path(folder) / 'tokenizer.json'} --name NAME"
     if meta["vocab_size"] > model.config.vocab_size:
@@ -274,24 +302,6 @@ def pretrained(folder: str, config: GPTConfig, corpus: Path) -> GPT:
             raise UserError(
                 f"{corpus} was not tokenized with {theirs}, as the model's text was; tokenize it: {again}"
             )
-    return convert(model, config.plan, **{name: getattr(config, name) for name in OWN - {"plan"}})
-
-
-@torch.no_grad()
-def convert(model: GPT, plan: str, **changes) -> GPT:
-    """A model built for `plan` with the weights of `model`, without the projections that no layer reads any
-    more; gates start as in a new model. PlanError where `model` lacks what the plan reads."""
-    plan = Plan.parse(plan, model.config.n_layer)
-    config = replace(model.config, **changes | {"plan": plan.spec})
-    with torch.device(model.embed.weight.device):
-        new = GPT(config).to(model.embed.weight.dtype)
-    weights = model.state_dict()
-    have = {name: p for name, p in new.state_dict().items()}
-    if lacking := [name for name in have if name not in weights and not name.endswith("_gate")]:
-        model.resolve(plan)  # says which layer reads what
-        raise PlanError(f"plan {plan.spec!r} needs {lacking[0]}, which the model does not have")
-    new.load_state_dict({name: weights.get(name, p) for name, p in have.items()})
-    return new.eval()
 
 
 # --- writing ----------------------------------------------------------------------------------------------

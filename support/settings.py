@@ -17,7 +17,8 @@ def start(cls, free_on_resume: set[str], description: str):
     if parallel.RANK:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
     given = given_settings(cls, description)
-    c = cls(**given)
+    # The others, such as a plan, are for a number of layers that is not known yet.
+    c = cls(**{name: given[name] for name in ("out_dir", "init_from", "block_size") if name in given})
     run = Run(c.out_dir, writes=parallel.RANK == 0)
     if c.init_from == "resume":
         before = checked(run.resume()["config"], cls, run.source)
@@ -40,4 +41,4 @@ def start(cls, free_on_resume: set[str], description: str):
         return cls(**merged(sizes, given, free, folder)), run
     if c.init_from != "scratch":
         raise UserError(f"--init_from {c.init_from!r} is not valid; it is scratch, resume or hf:FOLDER")
-    return c, run
+    return cls(**given), run
