@@ -216,7 +216,7 @@ def end_of_text(folder: Path, token: Callable[[int], str]) -> list[str]:
     """The end of a text as the folder's tokenizer_config.json and config.json name it."""
     configs = {"tokenizer_config.json": "eos_token", "config.json": "eos_token_id"}
     there = {folder / name: key for name, key in configs.items() if (folder / name).exists()}
-    found = [read_json(path, "mend or remove it").get(key) for path, key in there.items()]
+    found = [read_json(path, "fix or remove it").get(key) for path, key in there.items()]
     found = [end.get("content") if isinstance(end, dict) else end for end in found]
     return [token(end) if type(end) is int else end for end in found if isinstance(end, int | str)]
 

@@ -29,7 +29,7 @@ def fuse(sources: list[Tensor], gates: Tensor | None) -> Tensor:
     """FusedKV (arXiv 2512.03870): K_i = sum over m of gates[m] * K_m, elementwise along the features, and V_i
     likewise.
 
-    sources: m tensors (B, nkv, S, d). gates: (m, nkv, 1, d), or None for a single source."""
+    sources: n tensors (B, nkv, S, d). gates: (n, nkv, 1, d), or None for a single source."""
     if gates is None:
         return sources[0]
     return sum(gate * source for gate, source in zip(gates.type_as(sources[0]), sources))
@@ -109,12 +109,12 @@ def decode_attention(
     # into the loop over keys, and repeated for every one of them.
     q = torch.cat((q[..., : d // 2], q[..., d // 2 :]), dim=-1)
     q = q.reshape(B, nkv, nh // nkv, d)
-    # sharing: the folded gates. Each source is read as it lies in the cache; no fused key is ever written.
-    folded = [q] if k_gates is None else [q * gate for gate in k_gates.type_as(q)]
-    scores = sum(rows_dot(x, k) for x, k in zip(folded, ks)).float()  # (n, B, nkv, group, BLOCK)
+    # sharing: gates times query, not times keys. Each source is read as it lies in the cache.
+    qs = [q] if k_gates is None else [q * gate for gate in k_gates.type_as(q)]
+    scores = sum(rows_dot(x, k) for x, k in zip(qs, ks)).float()  # (n, B, nkv, group, BLOCK)
     unseen = torch.arange(n * BLOCK, device=q.device).view(n, 1, 1, 1, BLOCK) >= seen
     scores = scores.masked_fill(unseen, torch.finfo(torch.float32).min) * d**-0.5
-    # A softmax over each block, and then one over the blocks: no sum runs over all positions in a row.
+    # A softmax over each block, and then one over the blocks: so blocks are computed in parallel.
     largest = scores.amax(-1, keepdim=True)  # (n, B, nkv, group, 1)
     weights = (scores - largest).exp()
     share = (largest - largest.amax(0)).exp()
@@ -126,10 +126,11 @@ def decode_attention(
 
 
 def write(stores: tuple, new: tuple, positions: Tensor) -> None:
-    """Put the `new` keys and values of T positions (T,), each (B, nkv, T, d), into the blocks of a cache,
-    their two `stores`; None where there are none."""
+    """Write K and V of T new positions, each (B, nkv, T, d) or None, into the cache blocks `stores`, (k, v).
+    positions: (T,)."""
     (k_store, v_store), (k, v) = stores, new
     block, slot = positions // BLOCK, positions % BLOCK
+    # Indices that stand apart from each other put T first: (T, B, nkv, d).
     if k is not None:
         k_store[block, :, :, slot] = k.permute(2, 0, 1, 3)
     if v is not None:
@@ -137,19 +138,18 @@ def write(stores: tuple, new: tuple, positions: Tensor) -> None:
 
 
 def rows_dot(x: Tensor, rows: Tensor) -> Tensor:
-    """Every row of x (..., r, m) times every one of `rows` (..., n, m): (..., r, n). Made for few rows of x,
-    where reading `rows` takes the time: compiled to products and sums it is one loop over `rows`, at the
-    speed of memory, which a matrix product with one or a few rows does not reach."""
+    """Every row of x (..., r, m) times every one of `rows` (..., n, m): (..., r, n), for small r. Compiled,
+    it is one loop over `rows` at the speed of memory, which a matrix product of a few rows does not reach."""
     if not torch.compiler.is_compiling():
         return x.type_as(rows) @ rows.mT
     return torch.stack([(rows * y.unsqueeze(-2)).sum(-1) for y in x.float().unbind(-2)], dim=-2)
 
 
 class Linear(torch.nn.Linear):
-    """torch.nn.Linear, but in a compiled decode step of a few sequences `rows_dot`."""
+    """torch.nn.Linear that uses `rows_dot` in compiled decoding of a few sequences."""
 
     def forward(self, x: Tensor) -> Tensor:
-        most = 8 if x.device.type == "cpu" else 1  # rows, as measured; cuBLAS is fast from 2 on
+        most = 8 if x.device.type == "cpu" else 1  # rows: measured on a CPU, a guess for a GPU
         if torch.is_grad_enabled() or not torch.compiler.is_compiling() or x.shape[:-1].numel() > most:
             return super().forward(x)
         y = rows_dot(x.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
@@ -160,7 +160,7 @@ class Linear(torch.nn.Linear):
 # The logits of a whole batch, (B, T, vocab), would be its largest tensor by far. So they are computed for
 # some positions at a time and, where there are several such chunks, computed again for their gradient.
 
-LOGITS = 1 << 26  # how many exist at a time on a CPU, several times 256 MB; on a GPU four times as many
+LOGITS = 1 << 26  # at a time on a CPU: 256 MB in float32, and copies of them; on a GPU four times as many
 
 
 def chunk_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ def compile_decoding(model: torch.nn.Module) -> None:
     Its sizes are fixed but for the number of cache blocks. Prompts spend their time in matrix products and
     stay uncompiled, so that a new length causes no recompilation."""
     torch._dynamo.config.recompile_limit = 32
-    # On a CPU, what multiplies every row of a weight must be normed and converted once, not once per row.
+    # On a CPU, what multiplies every row of a weight must be normalized and converted once, not once per row.
     options = {"realize_reads_threshold": 0} if model.embed.weight.device.type == "cpu" else None
     for block in model.blocks:
         block.decode = torch.compile(block.decode, dynamic=False, options=options)

@@ -110,8 +110,8 @@ class Plan:
     def segments(self) -> tuple[tuple[int, int], ...]:
         """The layers in the order in which they run, as pairs (lowest, highest).
 
-        (i, i) is a layer that runs once. A longer segment is a group that iterates: it starts at a layer that
-        reads above itself and ends at the highest layer that any layer inside reads (arXiv 2410.14442).
+        (i, i) is a layer that runs once. A longer segment iterates, since layers in it read above themselves:
+        it grows until none reads beyond its top (arXiv 2410.14442).
 
         >>> Plan.parse("sandwich-top:3", 8).segments
         ((0, 0), (1, 6), (7, 7))
@@ -224,8 +224,8 @@ def unified(shape: str, target: str, n_layer: int, n_kv_layers: str) -> list[Rou
 
 
 SHAPES = {
-    "pizza": "l - 1 own layers below, one group above them",
-    "sandwich": "own layers below and above, l - 1 in all, one group between",
+    "pizza": "single layers below, one group above; l KV layers",
+    "sandwich": "single layers below and above, one group between; l KV layers",
     "lasagna": "l equal groups",
 }
 KNOWN = {"pizza-bottom": " (YOCO)", "sandwich-top": " (LCKV)", "lasagna-bottom": " (CLA)"}
@@ -318,26 +318,27 @@ def quoted(text: str) -> str:
 
 
 def uniform_below(rng: random.Random, base: Plan, p: float, lowest: int = 0) -> list[Route]:
-    """Draw the routes of one training step by the rule of arXiv 2604.22782: every layer i >= 1 keeps its own
-    route, base[i], with probability 1 - p, and otherwise takes that of a layer drawn uniformly from 0 .. i-1.
-    Layer 0 always keeps its own.
+    """Draw the routes of one batch by the rule of arXiv 2604.22782: layer i >= 1 keeps its own route,
+    base[i], with probability 1 - p, and otherwise takes base[j], with j uniform in 0 .. i-1. Layer 0 keeps
+    its own.
 
-    `lowest`, which is ours, narrows the draw to lowest .. i-1."""
+    `lowest` is ours: j starts there. With 1, no layer above reads K of layer 0, which has seen nothing but
+    its own token."""
     routes = []
     for i in range(len(base)):
-        source = rng.randrange(lowest, i) if i > lowest and rng.random() < p else i
-        routes.append(base[source])
+        routed = i > lowest and rng.random() < p
+        routes.append(base[rng.randrange(lowest, i) if routed else i])
     return routes
 
 
 @dataclass(frozen=True)
 class StochasticRouter:
-    """Random cross-layer attention (arXiv 2604.22782): the plan that each training step runs under.
+    """Random cross-layer attention (arXiv 2604.22782): the plan that each training batch runs under.
 
     `base` is the plan whose routes are drawn from, `lowest` the lowest layer that others are routed to, and
-    `rule` how routes are drawn. `plan` is a pure function of the seed and the step, so a resumed run and
-    every rank of a distributed one draw the same plans. Raises PlanError for a p that is no probability and
-    for a base that iterates or fuses."""
+    `rule` how routes are drawn. `plan` is a pure function of the seed and the number of the batch, so a
+    resumed run and every rank of a distributed one draw the same plans. Raises PlanError if p is not within
+    0 to 1, or the base iterates or fuses."""
 
     n_layer: int
     p: float
@@ -349,7 +350,7 @@ class StochasticRouter:
     def __post_init__(self):
         if not 0 <= self.p <= 1:
             raise PlanError(f"router_p {self.p} is not a probability; valid are 0 to 1, for example 0.5")
-        if self.base_plan.cyclic or any(len(route.k + route.v) > 2 for route in self.base_plan.routes):
+        if self.base_plan.cyclic or any(max(len(r.k), len(r.v)) > 1 for r in self.base_plan.routes):
             raise PlanError(
                 f"router_p {self.p} draws among the routes of {self.base!r}, which iterates or fuses; "
                 "valid are plans that do neither, for example full or shared-v"
@@ -359,9 +360,9 @@ class StochasticRouter:
     def base_plan(self) -> Plan:
         return Plan.parse(self.base, self.n_layer)
 
-    def plan(self, step: int) -> Plan:
-        """The plan of a training step."""
-        rng = random.Random(f"{self.seed}:{step}")  # hashes the text, to the same seed on every machine
+    def plan(self, batch: int) -> Plan:
+        """The plan of a training batch (a micro-step), by its number."""
+        rng = random.Random(f"{self.seed}:{batch}")  # a text as seed gives the same draws on every machine
         return Plan(tuple(self.rule(rng, self.base_plan, self.p, self.lowest)))
 
 

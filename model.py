@@ -7,12 +7,13 @@ Names, and what the papers call them:
     nh, nkv, d   query heads, key/value heads, features of a head
     q, k, v      one layer's queries (B, nh, T, d), keys after RoPE and values (B, nkv, T, d): Q_i, K_i, V_i
     plan, route  whose K and V every layer reads; the entry of one layer. A source is a layer that is read
-    gates        a and b of FusedKV, one per source, KV head and feature: K_i = a_0 * K_0 + a_1 * K_(n-1)
+    gates        a and b of FusedKV, one per source, KV head and feature: K_i = a_0 K_0 + a_j K_j and
+                 V_i = b_0 V_0 + b_j V_j, where j is the middle layer
     past_only    a layer that reads above itself sees only positions before its own (2410.14442)
     segment      layers that run together: one layer, or a group that iterates because it reads in a circle
-    passes       how often a group runs: m = forward_passes without gradients, then b = backward_passes with
+    passes       how often a group runs: forward_passes without gradients, then backward_passes with
 
-`# sharing:` marks every place where an ordinary transformer becomes one that shares its cache."""
+`# sharing:` marks where an ordinary transformer would differ most."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -54,22 +55,23 @@ class GPTConfig:
     tie_embeddings: bool = True
     qk_norm: bool = False
     qkv_bias: bool = False
+    stop_tokens: list = field(default_factory=list)  # ids that end a text, besides the tokenizer's own
     # sharing:
     plan: str = "full"
-    router_lowest: int = 0  # the lowest layer that others were routed to
+    router_lowest: int = 0  # the lowest layer that others were routed to; sweep.py goes no lower
     forward_passes: int = 7
     backward_passes: int = 2
-    stop_tokens: list = field(default_factory=list)  # ids that end a text, besides the tokenizer's own
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
         can_be_zero = ("head_dim", "n_hidden", "router_lowest", "forward_passes")
         highest = {"n_layer": MAX_LAYERS, "block_size": MAX_CONTEXT, "router_lowest": self.n_layer - 1}
-        for f in fields(self):
-            low, high = int(f.name not in can_be_zero), highest.get(f.name, (1 << 31) - 1)
-            value = getattr(self, f.name)
-            if f.type is int and not low <= value <= high:
-                raise PlanError(f"{f.name} {value} is not valid; it must be {low} to {high}")
+        for name in (f.name for f in fields(self) if f.type is int):
+            value = getattr(self, name)
+            low = 0 if name in can_be_zero else 1
+            high = highest.get(name, (1 << 31) - 1)
+            if not low <= value <= high:
+                raise PlanError(f"{name} {value} is not valid; it must be {low} to {high}")
         if self.n_embd % self.n_head and not self.head_dim:
             raise PlanError(
                 f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; change one or set head_dim"
@@ -106,10 +108,10 @@ class Attention(nn.Module):
         self.o_proj = Linear(nh * d, C, bias=False)
         self.q_norm = nn.RMSNorm(d, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(d, eps=config.norm_eps) if config.qk_norm and has_k else None
-        # sharing: fusion gates (arXiv 2512.03870). Keys are fused after RoPE; one gate for both features of a
-        # rotated pair keeps attention a function of relative position. Where gates start matters: at the
-        # layer's own K and V if they are among the sources, otherwise like FusedKV-Lite at the top K and
-        # the bottom V. Even gates end 0.12 nats higher.
+        # sharing: fusion gates (arXiv 2512.03870). Keys are fused after RoPE, so both features of a rotated
+        # pair share a gate: that keeps attention a function of relative position.
+        # Gates start as a copy of one source: of the layer's own K and V if they are among the sources,
+        # otherwise of the top K and the bottom V as in FusedKV-Lite. An even mixture ends 0.12 nats higher.
         k, v = plan[layer].k, plan[layer].v
         self.k_gate = self.new_gate(k, start=layer if layer in k else k[-1], width=d // 2)
         self.v_gate = self.new_gate(v, start=layer if layer in v else v[0], width=d)
@@ -198,7 +200,8 @@ class Block(nn.Module):
         them."""
         q, k, v = self.project(x, rope, True, own[0] is not None, own[1] is not None)
         kernels.write(own, (k, v), position)
-        return self(x, q, sources, past_only, position + 1 - int(past_only))
+        seen = position if past_only else position + 1  # sharing: not its own where it reads above itself
+        return self(x, q, sources, past_only, seen)
 
 
 # --- keys and values by layer -----------------------------------------------------------------------------
@@ -244,10 +247,12 @@ class KVCache(KV):
         self.n_blocks = max(2, -(-max_len // kernels.BLOCK))  # two, because torch.compile specializes on one
         shape = (self.n_blocks, batch_size, config.n_kv_head, kernels.BLOCK, config.head_dim)
         v_shape = (*shape[:3], config.head_dim, kernels.BLOCK)
+        # sharing: only what the plan stores.
         self.k = {i: torch.zeros(shape, dtype=dtype, device=device) for i in plan.k_layers}
         self.v = {i: torch.zeros(v_shape, dtype=dtype, device=device) for i in plan.v_layers}
         self.max_len, self.length = max_len, 0
-        # For decoding: the last position as a tensor, and the recorded step, see support.devices.CudaGraph.
+        # For decoding: the last position as a tensor; whether all blocks are read, filled or not; and the
+        # recorded step, for which they are, see support.devices.CudaGraph.
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         self.fixed, self.graph = False, None
 
@@ -337,13 +342,13 @@ class GPT(nn.Module):
             raise PlanError(f"{lacking}: it is for {len(plan)} layers, and the model has {len(self.plan)}")
         have = {"K": self.plan.k_layers, "V": self.plan.v_layers}
         for i, (built, asked) in enumerate(zip(self.plan.routes, plan.routes)):
-            for kind, gates, sources in (("K", built.k, asked.k), ("V", built.v, asked.v)):
+            for kind, gated, sources in (("K", built.k, asked.k), ("V", built.v, asked.v)):
                 if missing := set(sources) - set(have[kind]):
                     raise PlanError(
                         f"{lacking}: layer {i} reads {kind} of layer {min(missing)}; it has {kind} of layers "
                         f"{have[kind]}"
                     )
-                if len(sources) > 1 and sources != gates:
+                if len(sources) > 1 and sources != gated:
                     raise PlanError(
                         f"{lacking}: layer {i} fuses {kind} of layers {sources}, for which it has no gates; "
                         "train one with --plan"
@@ -369,8 +374,9 @@ class GPT(nn.Module):
         return self.blocks[i](x, q, kv.sources(i), past_only)
 
     def layers(self, x: Tensor, kv: KV, passes: int | None = None, last_only: bool = False) -> Tensor:
-        """From the embeddings x (B, T, C) to the output of the top layer: (B, T, C), or with `last_only` that
-        of the last position, (B, 1, C)."""
+        """From the embeddings x (B, T, C) to the output of the top layer, (B, T, C). With `last_only`, for a
+        prompt that goes into a cache, only the last position goes on above the last stored K and V:
+        (B, 1, C)."""
         for low, high in kv.plan.segments:
             if low < high:
                 x = self.iterate(low, high, x, kv, passes)
@@ -380,17 +386,19 @@ class GPT(nn.Module):
                 self.project(high, x, kv, need_q=False)
                 # A copy, because the strides of a view depend on T, and new strides would compile again.
                 x, kv.rope = x.narrow_copy(1, x.size(1) - 1, 1), tuple(angles[-1:] for angles in kv.rope)
-                kv.decoding = isinstance(kv, KVCache)
+                kv.decoding = True  # from here on as in decoding
             x = self.layer(high, x, kv)
         return x
 
     def iterate(self, low: int, high: int, x: Tensor, kv: KV, passes: int | None) -> Tensor:
-        """A segment whose layers low .. high read each other in a circle (arXiv 2410.14442). Every pass runs
-        them from the same input x (B, T, C), over the KV that the pass before has left; the first one finds
-        zeros. Returns the input of layer `high` in the last pass, which `layers` runs.
+        """Run layers low .. high, some of which read KV that higher ones compute later (arXiv 2410.14442).
+        Every pass starts from the same x (B, T, C), and takes the KV of the layers above from the pass
+        before, at first zeros, until they agree. Returns the input of layer `high`; `layers` runs that layer
+        last, like any other.
 
-        There are at most `passes` passes, all with gradients; by default forward_passes without gradients and
-        backward_passes with. Without gradients, iteration also stops when nothing changes any more."""
+        `passes`: that many at most, all with gradients; by default forward_passes without gradients, then
+        backward_passes with. Without gradients, it stops as soon as nothing changes any more."""
+        # sharing: no layer of an ordinary transformer runs twice.
         B, T, _ = x.shape
         training = torch.is_grad_enabled()
         with_gradients = passes or self.config.backward_passes
@@ -440,7 +448,7 @@ class GPT(nn.Module):
             self.check_fits(idx.size(1), self.config.block_size)
             if targets is not None:
                 return None, self.losses(idx, targets, plan).mean()
-            return self.head(self.hidden(idx, KV(self.resolve(plan)), last_only=True)), None
+            return self.head(self.hidden(idx, KV(self.resolve(plan)))[:, -1:]), None
         if targets is not None or self.resolve(plan or cache.plan) != cache.plan:
             raise ValueError(f"this cache is for generation under plan {cache.plan.spec!r}; make another")
         self.check_fits(cache.length + idx.size(1), min(cache.max_len, self.config.block_size))

@@ -50,7 +50,7 @@ class TrainConfig:
     tie_embeddings: bool = setting(True, "input and output embeddings are one matrix")
     qk_norm: bool = setting(False, "RMSNorm on queries and keys")
     # optimization
-    optimizer: str = setting("muon", "of the layers' matrices; the rest has AdamW", ("adamw", "muon"))
+    optimizer: str = setting("muon", "for the layers' matrices; AdamW trains the rest", ("adamw", "muon"))
     batch_size: int = setting(16, "sequences per micro-step, on all devices together", low=1)
     gradient_accumulation_steps: int = setting(1, "micro-steps per step", low=1)
     max_iters: int = setting(600, "steps; 0 only evaluates and saves")
@@ -62,7 +62,7 @@ class TrainConfig:
     beta2: float = setting(0.95, "AdamW beta2", below=1)
     grad_clip: float = setting(1.0, "largest gradient norm; 0 is off")
     seed: int = setting(0, "seed of the weights, the order of the data, and the router", below=1 << 63)
-    # looking at it
+    # evaluation and logs
     eval_interval: int = setting(100, "steps between evaluations (and checkpoints)", low=1)
     eval_iters: int = setting(8, "batches of held-out windows per evaluation, always the same ones", low=1)
     log_interval: int = setting(10, "steps between log lines", low=1)
@@ -202,15 +202,15 @@ def train(c: TrainConfig, model: GPT, router: StochasticRouter | None, run: Run,
     losses: list[Tensor] = []  # and gradient norms, of the steps since the last report
     with Signals() as signals:
         for step in range(run.start, c.max_iters + 1):
-            # Look, on the same held-out windows and under the same drawn plans every time.
+            # Evaluate, on the same held-out windows and under the same drawn plans every time.
             stop = parallel.any_signal(signals.received, step % c.log_interval == 0, device)
-            due = (step % c.eval_interval == 0 or step == c.max_iters) and step != run.looked_at
-            goal = math.inf
+            due = (step % c.eval_interval == 0 or step == c.max_iters) and step != run.evaluated
+            goal = math.inf  # what best.pt minimizes
             if due:
                 loss = goal = loss_on_held_out()
-                if router:  # sharing: the full cache is one plan of many; the best step is best over draws
+                if router:  # sharing: best.pt is the best over drawn plans; the full cache is one of them
                     goal = loss_on_held_out(router.plan)
-                run.report_look(step, loss, goal, step * c.tokens_per_step)
+                run.report_evaluation(step, loss, goal, step * c.tokens_per_step)
             if stop or (due and (step > 0 or c.max_iters == 0)):  # an untrained model is not saved
                 run.save(step, model, optimizers, goal)
             if stop or step == c.max_iters:
@@ -218,7 +218,7 @@ def train(c: TrainConfig, model: GPT, router: StochasticRouter | None, run: Run,
 
             losses.append(take_step(step, c, model, router, optimizers, run.tokens, context, device))
 
-            # Report, also before each look, so that the log is complete at every checkpoint.
+            # Report, also before each evaluation, so that the log is complete at every checkpoint.
             done = step + 1
             at_end = done == c.max_iters or signals.received
             if at_end or done % c.log_interval == 0 or done % c.eval_interval == 0:
@@ -241,6 +241,7 @@ def take_step(step: int, c, model, router, optimizers, tokens, context, device) 
         loss.backward()
         total += loss.detach()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    # FSDP has averaged the gradients already.
     parallel.average([total] if c.shard else [total, *gradients])
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
     for optimizer in optimizers:
@@ -254,7 +255,7 @@ def take_step(step: int, c, model, router, optimizers, tokens, context, device) 
 def make_model(c: TrainConfig, run: Run, vocab_size: int, device: str) -> GPT:
     """The model to train: from the run's checkpoint, from a Hugging Face folder, or new."""
     if vocab_size > 1024:
-        vocab_size = -(-vocab_size // 64) * 64  # rows of the logits that are aligned, as GPUs want them
+        vocab_size = -(-vocab_size // 64) * 64  # GPUs want aligned rows of logits
     config = c.model_config(vocab_size)
     bytes_each = 12 if c.optimizer == "muon" else 16  # weight, gradient, and one or two moments
     devices.check_memory(lambda: GPT(config), bytes_each, device, parallel.RANKS if c.shard else 1)

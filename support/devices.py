@@ -65,7 +65,7 @@ def why_not_compile(device: str) -> str:
 def require_compiler(device: str, otherwise: str) -> None:
     """Raises UserError where this machine cannot compile, with what to do otherwise."""
     if reason := why_not_compile(device):
-        raise UserError(f"compiling fails here ({reason}); mend that, or {otherwise}")
+        raise UserError(f"compiling fails here ({reason}); fix that, or {otherwise}")
 
 
 # What a device computes per second in training, roughly: to tell a long run from a short one before it

@@ -175,7 +175,7 @@ class Run:
         self.source: Path | None = None
         self.checkpoint: dict | None = None
         self.start, self.best, self.seconds_before = 0, math.inf, 0.0
-        self.saved = self.looked_at = None  # looked_at: a step that an earlier process has evaluated
+        self.saved = self.evaluated = None  # evaluated: a step that an earlier process has evaluated
         self.lock, self.log_file = None, None
         self.began, self.pace = time.monotonic(), Pace()
 
@@ -191,7 +191,7 @@ class Run:
         if self.has_checkpoint():
             self.take_folder()
         self.source, self.checkpoint = find_checkpoint(self.folder)
-        self.start = self.saved = self.looked_at = self.checkpoint["step"]
+        self.start = self.saved = self.evaluated = self.checkpoint["step"]
         self.best, self.seconds_before = self.checkpoint["best_val_loss"], self.checkpoint["time"]
         if self.source.name == "best.pt" and self.writes:  # ckpt.pt is missing, older or damaged
             replace_file(self.folder / "ckpt.pt", self.source.read_bytes())
@@ -295,7 +295,7 @@ class Run:
         except OSError as e:
             self.fail(f"cannot write {self.log_file.name}: {e.strerror}", "fix that and resume")
 
-    def report_look(self, step: int, loss: float, goal: float, tokens: int) -> None:
+    def report_evaluation(self, step: int, loss: float, goal: float, tokens: int) -> None:
         """A line on the screen and in the log: the held-out loss, and the `goal` by which the best step is
         chosen where that is another."""
         row = {"val_loss": loss, "val_bpb": self.held_out.bits_per_byte(loss)}

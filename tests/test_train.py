@@ -519,7 +519,7 @@ def test_presets_are_valid(path):
 def test_a_missing_compiler_is_named(trained, refused, script, monkeypatch):
     monkeypatch.setattr(devices, "why_not_compile", lambda device: "no g++")
     out = trained / "stochastic"
-    needs = "compiling fails here (no g++); mend that, or "
+    needs = "compiling fails here (no g++); fix that, or "
     assert needs + "leave --compile out" in refused("sample.py", "--out_dir", out, "--compile")
     assert needs + "add --no_compile" in refused("lab/bench.py", "--out_dir", out, "--plans", "full")
     assert script("sample.py", "--out_dir", out, "--max_new_tokens", 2)[0] == 0
