@@ -290,18 +290,24 @@ def run_name(folder: str, others: dict) -> str:
     return name
 
 
-def load_runs(args, device: str) -> tuple[dict[str, GPT], data.Tokens, list[SimpleNamespace]]:
+def load_runs(
+    folders: list[str],
+    device: str,
+    data_dir: str | None = None,
+    dataset: str | None = None,
+    block_size: int | None = None,
+) -> tuple[dict[str, GPT], data.Tokens, list[SimpleNamespace]]:
     """The models, named by their folders, the held-out text, which must be the same for all of them, and
     their settings. UserError where the runs differ in corpus or context."""
-    runs, tokens, settings, folders = {}, None, [], args.out_dir
+    runs, tokens, settings = {}, None, []
     for folder in folders:
-        model, config = load(folder, device, args.block_size)
+        model, config = load(folder, device, block_size)
         name = run_name(folder, runs)
-        if not (dataset := args.dataset or config.dataset):
+        if not (dataset or config.dataset):
             raise UserError(f"{folder} needs --dataset NAME, a corpus of its own tokenizer (python data.py)")
-        corpus = Path(args.data_dir or config.data_dir) / dataset
+        corpus = Path(data_dir or config.data_dir) / (dataset or config.dataset)
         context = model.config.block_size
-        found = data.Tokens(corpus, "val", min(args.block_size or context, context))
+        found = data.Tokens(corpus, "val", min(block_size or context, context))
         if folder.startswith("hf:"):
             check_tokenizer(folder[3:], model, corpus)
         elif data.read_meta(Path(folder)).get("val") != found.meta["val"]:
@@ -380,7 +386,7 @@ def main():
         print(f"wrote {folder / 'curves.png'}")
         return
     device = pick_device(args.device, many_shapes=True)
-    runs, tokens, settings = load_runs(args, device)
+    runs, tokens, settings = load_runs(args.out_dir, device, args.data_dir, args.dataset, args.block_size)
     dtype, _ = pick_dtype(args.dtype or settings[0].dtype, device)
     measure = partial(window_losses, batch_size=args.batch_size, context=partial(autocast, device, dtype))
 

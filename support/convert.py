@@ -21,7 +21,7 @@ import torch.nn as nn
 from torch import Tensor
 
 CHUNK = 4  # windows that run together, which bounds memory
-RIDGE = 0.3  # how strongly weights are pulled to the old ones
+RIDGE = 0.15  # how strongly weights are pulled to the old ones
 
 
 def pretrained(folder: str, config, corpus: data.Tokens, fit_tokens: int, device: str) -> GPT:
