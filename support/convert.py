@@ -22,6 +22,7 @@ from torch import Tensor
 
 CHUNK = 4  # windows that run together, which bounds memory
 RIDGE = 0.15  # how strongly weights are pulled to the old ones
+STEPS, LEARNING_RATE = 30, 3e-3  # of Adam, for queries and gates
 
 
 def pretrained(folder: str, config, corpus: data.Tokens, fit_tokens: int, device: str) -> GPT:
@@ -93,54 +94,87 @@ def fit(model: GPT, original: GPT, idx: Tensor) -> list[float]:
     """Change the weights of `model`, which `convert` made, so that its residual stream over the token ids idx
     (n, T) comes close to that of the `original`. From the lowest layer that reads another's K or V upwards,
     every half layer (attention, MLP) has a goal: the original's stream after it, less the new model's before
-    it. The last matrix of the half layer is refitted to that, see `refit`.
+    it. The last matrix of the half layer is refitted to that in closed form; where attention reads another
+    layer, then its queries and gates are, by gradient descent, and the matrix once more.
 
-    Returns which share of its goal the attention of each layer missed. The same text gives the same
+    Returns which share of its goal the attention of each layer misses. The same text gives the same
     weights."""
     theirs, ours = Side(original, idx), Side(model, idx)
-    missed, changed = [], False
-    progress = Progress("fitting", len(model.blocks))
-    for i, block in enumerate(model.blocks):
-        changed = changed or model.plan[i] != Route.of(i)
+    missed, changed, progress = [], False, Progress("fitting", len(model.blocks))
+    for i, (block, route) in enumerate(zip(model.blocks, model.plan.routes)):
+        changed = changed or route != Route.of(i)
         for their_half, our_half, last in (
             (theirs.attend, ours.attend, block.attn.o_proj),
             (theirs.think, ours.think, block.mlp.down_proj),
         ):
             theirs.add(their_half, i)
-            goals = [a - b for a, b in zip(theirs.streams, ours.streams)]
-            share = refit(last, partial(our_half, i), goals, theirs.streams) if changed else 0.0
+            goals = Goals(theirs, ours, partial(our_half, i))
+            if changed:
+                refit(last, goals)
+            if last is block.attn.o_proj:
+                if route != Route.of(i):
+                    attn = block.attn
+                    descend(
+                        [p for p in (attn.q_proj.weight, attn.k_gate, attn.v_gate) if p is not None], goals
+                    )
+                    refit(last, goals)
+                missed.append(goals.missed())
             ours.add(our_half, i)
-            missed.append(share)
         theirs.forget(i)
         ours.forget(i)
-        progress(i + 1, f"layer {i} misses {missed[-2]:.0%} of its goal")
+        progress(i + 1, f"layer {i} misses {missed[i]:.0%} of its goal")
     progress.close()
-    return missed[::2]
+    return missed
 
 
-def refit(
-    linear: nn.Linear, half: Callable[[int], Tensor], goals: list[Tensor], streams: list[Tensor]
-) -> float:
-    """Set the last matrix of a half layer in closed form: half(n) is linear(a) for the inputs a of chunk n,
-    (CHUNK, T, m), and goals[n] is what it should be. A ridge regression that pulls to the old weights,
+class Goals:
+    """What a half layer of the new model is to add to the residual stream of each chunk. All positions count
+    alike: differences are divided by the size of the original's stream there, as the next norm does."""
 
-        W = argmin |a W^T - goal|^2 + r |W - W_old|^2        r = RIDGE * mean diag(a^T a)
+    def __init__(self, theirs: Side, ours: Side, half: Callable[[int], Tensor]):
+        self.half = half  # half(n) is what it adds now to chunk n, (CHUNK, T, C)
+        self.wanted = [a - b for a, b in zip(theirs.streams, ours.streams)]
+        self.scales = [x.square().mean(-1, keepdim=True).rsqrt() for x in theirs.streams]  # (CHUNK, T, 1)
 
-    over all positions, each divided by the size of the original's stream there, as the next norm does.
-    Returns which share of the goals was missed before."""
+    def error(self, n: int) -> Tensor:
+        """What is missing in chunk n, (CHUNK, T, C)."""
+        return (self.wanted[n] - self.half(n)) * self.scales[n]
+
+    def missed(self) -> float:
+        """The share of the goals that is missed."""
+        chunks = range(len(self.wanted))
+        whole = sum((self.wanted[n] * self.scales[n]).square().sum() for n in chunks)
+        return float(sum(self.error(n).square().sum() for n in chunks) / whole)
+
+
+def refit(linear: nn.Linear, goals: Goals) -> None:
+    """Set the last matrix of a half layer, which maps a (.., m) to its output, by a ridge regression that
+    pulls to the old weights:
+
+        W = argmin |a W^T - goal|^2 + r |W - W_old|^2        r = RIDGE * mean diag(a^T a)"""
     inputs = []
     hook = linear.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    gram = cross = missing = whole = 0
-    for n, (goal, stream) in enumerate(zip(goals, streams)):
-        scale = stream.square().mean(-1, keepdim=True).rsqrt()  # (CHUNK, T, 1)
-        left = ((goal - half(n)) * scale).flatten(0, 1)
+    gram = cross = 0
+    for n, scale in enumerate(goals.scales):
+        error = goals.error(n).flatten(0, 1)
         a = (inputs.pop() * scale).flatten(0, 1)
-        gram, cross = gram + a.T @ a, cross + a.T @ left
-        missing, whole = missing + left.square().sum(), whole + (goal * scale).square().sum()
+        gram, cross = gram + a.T @ a, cross + a.T @ error
     hook.remove()
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
     linear.weight += torch.linalg.solve(gram, cross).T
-    return float(missing / whole)
+
+
+def descend(parameters: list[nn.Parameter], goals: Goals) -> None:
+    """Lower the squared error of a half layer by STEPS steps of Adam, a chunk each."""
+    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
+    for step in range(STEPS):
+        with torch.enable_grad():
+            loss = goals.error(step % len(goals.scales)).square().mean()
+            gradients = torch.autograd.grad(loss, parameters)
+        for p, gradient in zip(parameters, gradients):
+            p.grad = gradient
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 # --- which layers should share ----------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def test_what_needs_no_fitting_stays():
     for plan, kept in (("full", 4), ("keep:0,1", 2)):
         new = convert(original, plan)
         missed = fit(new, original, idx)
-        assert missed[:kept] == [0.0] * kept and all(share > 0 for share in missed[kept:])
+    XX
         for i in range(kept):
             for name, p in new.blocks[i].state_dict().items():
                 assert torch.equal(p, original.blocks[i].state_dict()[name])
