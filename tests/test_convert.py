@@ -74,7 +74,7 @@ def test_what_needs_no_fitting_stays():
     for plan, kept in (("full", 4), ("keep:0,1", 2)):
         new = convert(original, plan)
         missed = fit(new, original, idx)
-    XX
+        assert all(share < 1e-9 for share in missed[:kept]) and all(share > 0.01 for share in missed[kept:])
         for i in range(kept):
             for name, p in new.blocks[i].state_dict().items():
                 assert torch.equal(p, original.blocks[i].state_dict()[name])
