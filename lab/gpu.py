@@ -115,7 +115,9 @@ def main():
     done = {row["step"]: row for row in rows}
     for stage in args.stages:
         for name, (limit, command, small) in STAGES[stage].items():
-            command = f"{command.format(args.out_dir)} {'' if device.startswith('cuda') else small}".strip()
+            command = command.format(args.out_dir)
+            if not device.startswith("cuda"):
+                command, limit = f"{command} {small}".strip(), 5 * limit
             print(f"{stage}, {name}, at most {duration(limit)}: python {command}", flush=True)
             done[name] = take(name, limit, command, out)
             print(f"  status {done[name]['status']}, {duration(done[name]['seconds'])}", flush=True)

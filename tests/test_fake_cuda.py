@@ -7,7 +7,7 @@ import subprocess
 import kernels
 from kv_router import StochasticRouter
 from model import GPT, GPTConfig, KVCache
-from support import hf
+from support.convert import convert
 from support.devices import CudaGraph
 from train import TrainConfig, make_optimizers
 
@@ -142,7 +142,7 @@ def test_conversion_stays_on_the_device(fake, monkeypatch):
         GPT, "to", lambda self, like: cuda_model(self.config.plan)
     )  # modules cannot swap fakes
     monkeypatch.setattr(GPT, "load_state_dict", lambda self, state: None)
-    new = hf.convert(cuda_model("full"), "fusedkv")
+    new = convert(cuda_model("full"), "fusedkv")
     assert all_on_cuda(new.blocks[3].attn.k_gate, new.blocks[3].attn.v_gate)
 
 

@@ -610,7 +610,7 @@ def use_run(folder: Path):
 
 def searched(folder: Path):
     model = load_run(folder)[0]
-    model.resolve(sweep.auto_plan("auto:0.6", folder, model))
+    model.resolve(sweep.auto_plan("auto:0.6", str(folder), model))
 
 
 USERS = {  # what has no checksum: kind -> folder in stock, file, what uses it

@@ -9,7 +9,8 @@ from pathlib import Path
 from kv_router import PlanError
 from model import GPTConfig
 from support.cli import UserError
-from support.hf import convert, load_hf, read_config, save_hf
+from support.convert import convert
+from support.hf import load_hf, read_config, save_hf
 
 import pytest
 import torch

@@ -323,6 +323,12 @@ def test_compiled_decode_equals_uncompiled_and_never_compiles_again():
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 0
 
 
+@pytest.mark.parametrize("plan", acyclic_plans(4))
+def test_the_last_logits_without_a_cache(plan):
+    model, idx = make_model(plan), tokens(2, 9)
+    torch.testing.assert_close(model(idx)[0][:, 0], model.logits(idx)[:, -1])
+
+
 def test_loss_is_the_cross_entropy_of_the_logits():
     model = make_model("fusedkv")
     idx, targets = tokens(2, 8), tokens(2, 8, seed=2)

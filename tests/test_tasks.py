@@ -203,9 +203,10 @@ def test_a_folder_with_a_tokenizer_json(run, tmp_path, refused):
             assert value == pytest.approx(sum(float(p[i]) for p, i in zip(logp, targets)), rel=1e-4)
     small = tmp_path.with_name("small")
     save_hf(make_model(vocab_size=61), small, tokenizer=tmp_path)
-    line = refused("lab/tasks.py", "--out_dir", f"hf:{small}", "--tasks", "quiz")
+    line = refused("lab/tasks.py", "--out_dir", f"hf:{small}", "--tasks", "quiz", "--save_dir", small)
     assert "more tokens than its model" in line
-    assert "names two runs" in refused("lab/tasks.py", "--out_dir", run, f"hf:{run}", "--tasks", "quiz")
+    twice = ("--out_dir", run, f"hf:{run}", "--save_dir", small)
+    assert "names two runs" in refused("lab/tasks.py", *twice, "--tasks", "quiz")
 
 
 def test_mistakes_get_one_line(run, task_dir, tmp_path, refused, monkeypatch):
@@ -222,7 +223,8 @@ def test_mistakes_get_one_line(run, task_dir, tmp_path, refused, monkeypatch):
     assert "scores log-likelihoods only" in refused(*command, "write")
     assert "no such plan" in refused(*command, "quiz", "--plans", "nope")
     assert "required: --tasks" in refused("lab/tasks.py", "--out_dir", run)
-    line = refused("lab/tasks.py", "--out_dir", f"hf:{run / 'none'}", *command[3:], "quiz")
+    none = ("lab/tasks.py", "--out_dir", f"hf:{run / 'none'}", "--save_dir", run)
+    line = refused(*none, *command[3:], "quiz")
     assert "is no folder here; download it first" in line
     for name in ("lm_eval", "lm_eval.tasks"):
         monkeypatch.setitem(sys.modules, name, None)
