@@ -112,6 +112,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
 
 
 def _merge(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """`word` with every occurrence of `pair` replaced by the token `new`, from left to right."""
     out, i = [], 0
     while i < len(word):
         if i + 1 < len(word) and (word[i], word[i + 1]) == pair:
@@ -124,6 +125,7 @@ def _merge(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
 
 
 def encoding(name: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
+    """tiktoken's fast encoder over our ranks, with END_OF_TEXT as the last token."""
     return tiktoken.Encoding(
         name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: max(ranks.values()) + 1}
     )
@@ -203,12 +205,14 @@ class JsonTokenizer:
         self.start = full[: starts[0]] if starts else []
 
     def encode_ordinary(self, text: str) -> list[int]:
+        """The ids of a text, and no others. UserError where the tokenizer has none for some of it."""
         try:
             return self.tokenizer.encode(text, add_special_tokens=False).ids
         except Exception as e:  # the package raises plain Exception, where there is no token for unknown text
             raise UserError(f"this tokenizer.json cannot encode the text ({first_line(e)})") from e
 
     def decode(self, ids: list[int]) -> str:
+        """The text of ids, special tokens spelled out."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
@@ -329,6 +333,7 @@ def text_files(folder: Path, pattern: str) -> list[Path]:
 
 
 def python_corpus() -> list[Path]:
+    """The .py files of this Python's standard library without its tests, about 11 MB."""
     folder = Path(sysconfig.get_path("stdlib"))
     left_out = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
     return files_below(folder, "*.py", left_out)[0]
@@ -426,6 +431,7 @@ def make_tokenizer(name: str, documents: Callable[[], Iterable[str]], folder: Pa
 
 
 def _sample(documents: Callable[[], Iterable[str]]) -> Iterator[str]:
+    """The training text from its start, up to BPE_SAMPLE characters: held-out text teaches no merges."""
     room = BPE_SAMPLE
     for text, split in split_documents(documents()):
         if split == "train":
@@ -558,6 +564,8 @@ class Tokens:
         return self.windows(self._start(n, seed) for n in range(i * batch_size, (i + 1) * batch_size))
 
     def _start(self, n: int, seed: int) -> int:
+        """Where the n-th window begins. Every epoch has a permutation of the windows and a shift of its
+        own."""
         epoch, k = divmod(n, self.n_windows)
         if getattr(self, "_epoch", None) != (epoch, seed):
             rng = np.random.default_rng((seed, epoch))

@@ -162,11 +162,13 @@ def lower_half(n_layer: int) -> int:
 
 @family("full", "every layer reads its own KV")
 def full(n_layer: int) -> list[Route]:
+    """An ordinary transformer."""
     return read_from(range(n_layer))
 
 
 @family("keep:0,2,5", "these layers keep their cache, every other reads the nearest kept layer below")
 def keep(n_layer: int, layers: str) -> list[Route]:
+    """What the papers deploy after stochastic training (arXiv 2604.22782)."""
     kept = {layer_number(part, n_layer) for part in layers.split(",")}
     if 0 not in kept:
         raise PlanError("layer 0 is not kept; it has none below it to read, for example keep:0")
@@ -175,23 +177,29 @@ def keep(n_layer: int, layers: str) -> list[Route]:
 
 @family("cla:K", "groups of K adjacent layers read the group's bottom layer (CLA)")
 def cla(n_layer: int, group_size: str) -> list[Route]:
+    """Cross-layer attention (arXiv 2405.12981)."""
     size = whole_number(group_size, 1, n_layer, "group size", f"cla:{min(2, n_layer)}")
     return read_from(i - i % size for i in range(n_layer))
 
 
 @family("yoco", "the lower half own their KV, the upper half reads the last of them (YOCO)")
 def yoco(n_layer: int) -> list[Route]:
+    """The sharing pattern of You Only Cache Once (arXiv 2405.05254), whose lower half is not plain
+    attention."""
     half = lower_half(n_layer)
     return read_from(min(i, half - 1) for i in range(n_layer))
 
 
 @family("shared-v", "every layer reads its own K and layer 0's V (SVFormer)")
 def shared_v(n_layer: int) -> list[Route]:
+    """The sharing pattern of SVFormer (arXiv 2410.17897)."""
     return [Route((i,), (0,)) for i in range(n_layer)]
 
 
 @family("fusedkv", "the upper half fuses the K and V of layer 0 and of the middle (FusedKV)")
 def fusedkv(n_layer: int) -> list[Route]:
+    """Section 3 of arXiv 2512.03870: n = n_layer // 2 storage layers, with sources 0 and n - 1 for the
+    others."""
     half = lower_half(n_layer)
     bottom_and_middle = tuple(sorted({0, half - 1}))
     return read_from(range(half)) + [Route(bottom_and_middle, bottom_and_middle)] * (n_layer - half)
@@ -199,6 +207,7 @@ def fusedkv(n_layer: int) -> list[Route]:
 
 @family("fusedkv-lite", "the upper half reads the middle layer's K and layer 0's V (FusedKV-Lite)")
 def fusedkv_lite(n_layer: int) -> list[Route]:
+    """The same without gates: nothing is learned, and nothing read but one K and one V."""
     half = lower_half(n_layer)
     return read_from(range(half)) + [Route((half - 1,), (0,))] * (n_layer - half)
 
@@ -274,6 +283,7 @@ def explicit(n_layer: int, spec: str) -> list[Route]:
 
 
 def parse_routes(spec: str, n_layer: int) -> list[Route]:
+    """The routes that a notation means. PlanError, which lists the valid ones, where it means nothing."""
     if not 1 <= n_layer <= MAX_LAYERS:
         raise PlanError(
             f"n_layer {n_layer} is not valid; a model has 1 to {MAX_LAYERS} layers, for example 8"

@@ -124,7 +124,8 @@ class Attention(nn.Module):
         return nn.Parameter(one_hot.view(-1, 1, 1, 1).repeat(1, self.n_kv_head, 1, width))
 
     def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, heads * d) -> (B, heads, T, d)
+        """(B, T, heads * d) -> (B, heads, T, d)"""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def norm_and_rotate(self, x: Tensor, norm: nn.RMSNorm | None, rope: Rope) -> Tensor:
         if norm is not None:
@@ -139,6 +140,8 @@ class Attention(nn.Module):
         return q, k, v
 
     def forward(self, q: Tensor, sources: Sources, past_only: bool, seen: Tensor | None) -> Tensor:
+        """What this layer's attention adds to the residual stream, (B, T, C); arguments as in
+        `Block.forward`."""
         ks, vs = sources
         k_gate = torch.cat((self.k_gate, self.k_gate), dim=-1) if len(ks) > 1 else None  # (m, nkv, 1, d)
         v_gate = self.v_gate if len(vs) > 1 else None
@@ -150,6 +153,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU: W_down (silu(W_gate x) * W_up x), from (B, T, C) to (B, T, C)."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.gate_proj = Linear(config.n_embd, config.n_hidden, bias=False)
@@ -258,9 +263,12 @@ class KVCache(KV):
 
     @property
     def bytes(self) -> int:
+        """What is allocated: whole blocks, for every plan."""
         return sum(t.nbytes for t in (*self.k.values(), *self.v.values()))
 
     def extend(self, T: int) -> Tensor:
+        """T = 1 is decoding: the sources are then views of blocks. Otherwise a prompt, or a part of one, is
+        written."""
         self.length += T
         self.position.fill_(self.length - 1)
         self.decoding = T == 1
@@ -293,6 +301,9 @@ class KVCache(KV):
 
 
 class GPT(nn.Module):
+    """A decoder-only transformer with the parameters that `config.plan` needs. It runs under any plan whose
+    sources it has, see `resolve`."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -460,6 +471,7 @@ class GPT(nn.Module):
             return self.head(x), None
 
     def check_fits(self, n_positions: int, room: int) -> None:
+        """ValueError where more positions are asked for than there is room for."""
         if n_positions > room:
             raise ValueError(
                 f"{n_positions} positions do not fit the context of {room}; "

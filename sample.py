@@ -21,6 +21,7 @@ import torch
 
 
 def arguments() -> argparse.Namespace:
+    """The command line, checked as far as that goes without the model."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--out_dir", type=user_path, default="out/run", help="a run, or hf:FOLDER [out/run]")

@@ -211,6 +211,8 @@ def stderr(x: np.ndarray) -> float:
 
 
 def score_table(rows: list[dict]) -> str:
+    """The rows of sweep.jsonl as a table; in brackets the run that a loss is compared with, if not its
+    own."""
     lines = [["run", "plan", "cache", "B/token", "loss", "bits/byte", "above full", ""]]
     for r in rows:
         above = note = ""

@@ -25,6 +25,9 @@ from torch import Tensor
 
 @dataclass
 class TrainConfig:
+    """The settings of a run: flags of the command line, and keys of a TOML file. Raises PlanError or
+    UserError for what contradicts itself."""
+
     out_dir: str = setting("out/run", "where checkpoints, logs and settings of this run go")
     init_from: str = setting("scratch", "scratch; resume: from out_dir; hf:FOLDER: a Hugging Face folder")
     fit_tokens: int = setting(16384, "with hf:FOLDER and a plan: tokens that it is fitted to; 0 is off")
@@ -130,6 +133,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """One step from the gradients that are there."""
         for group in self.param_groups:
             updates = {}  # by shape: the matrices of one shape are made orthogonal together, which is faster
             for p in group["params"]:

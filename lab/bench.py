@@ -111,11 +111,13 @@ class Clock:
             torch.cuda.synchronize()
 
     def mark(self):
+        """Note this moment."""
         self.marks.append(torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter())
         if self.cuda:
             self.marks[-1].record()
 
     def seconds(self) -> list[float]:
+        """Between each mark and the next one. Waits for a GPU."""
         pairs = zip(self.marks, self.marks[1:])
         if not self.cuda:
             return [b - a for a, b in pairs]

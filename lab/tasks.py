@@ -194,6 +194,7 @@ def metrics(values: dict) -> list[dict]:
 
 
 def task_table(rows: list[dict]) -> str:
+    """The scores, and their differences to the full cache of the same run."""
     full = {(r["run"], r["task"], r["metric"]): r["value"] for r in rows if r["plan"] == "full"}
     lines = [["run", "plan", "task", "metric", "cache", "value", "above full"]]
     for r in rows:

@@ -16,6 +16,8 @@ from support.cli import Parser, at_least, human, table
 
 @dataclass(frozen=True)
 class Costs:
+    """What a plan costs, counted, not measured."""
+
     params: int  # parameters of a model built for the plan
     cache_bytes_per_token: int  # of one sequence, over all layers
     decode_bytes: int  # read per decode step: all weights once, and each layer's sources over the context

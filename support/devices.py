@@ -91,6 +91,7 @@ def pick_compile(asked: bool | None, device: str, flops: float) -> tuple[bool, s
 
 
 def device_name(device: str) -> str:
+    """What the device calls itself, where it has a name."""
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 

@@ -71,6 +71,7 @@ def leave(status: int = 0) -> None:
 
 
 def wait_for_all() -> None:
+    """Until every rank has come here."""
     if RANKS > 1:
         dist.barrier()
 

@@ -199,12 +199,15 @@ class Run:
         return self.checkpoint
 
     def take_folder(self) -> None:
+        """Hold the folder against other runs, and clear away what a killed one has left. UserError where it
+        is held."""
         if self.writes and self.lock is None:
             self.lock = lock(self.folder / "run.lock")
             for left in self.folder.glob("*.tmp"):  # by a run that was killed while it saved
                 left.unlink()
 
     def has_checkpoint(self) -> bool:
+        """Whether there is something to go on from, damaged or not."""
         return any((self.folder / name).exists() for name in ("ckpt.pt", "best.pt"))
 
     def refuse_used_folder(self) -> None:
@@ -287,6 +290,7 @@ class Run:
     # --- working ---
 
     def log(self, step: int, **row) -> None:
+        """A line of log.jsonl. A log that cannot be written ends the run, like a checkpoint that cannot."""
         if not self.writes:
             return
         try:
