@@ -65,6 +65,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
         for piece in pieces(text):
             for word in re.findall(PATTERN, piece):
                 seen.update(word[i : i + LONGEST_WORD] for i in range(0, len(word), LONGEST_WORD))
+    # Every distinct word is handled once, however often it occurs.
     words = [list(word.encode()) for word in seen]
     freq = list(seen.values())
 
@@ -81,6 +82,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     progress = Progress("learning merges", vocab_size - 257)
     while queue and len(tokens) < vocab_size - 1:
         progress(len(tokens) - 256)
+        # The most frequent pair. Its entry is outdated where a merge has changed its count since.
         n, pair = heapq.heappop(queue)
         if -n != count[pair]:
             continue
@@ -89,6 +91,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
         new = len(tokens)
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
         changed = set()
+        # Only the words that hold the pair change, and with them the counts of their other pairs.
         for w in where.pop(pair):
             word, merged = words[w], _merge(words[w], pair, new)
             if len(merged) == len(word):
@@ -306,6 +309,7 @@ def files_below(folder: Path, pattern: str, left_out: Iterable[str] = ()) -> tup
         met.extend(f"{parent}/{name}: a link" for name in folders if os.path.islink(f"{parent}/{name}"))
         found = [Path(parent, name) for name in sorted(files) if not name.startswith(".")]
         paths += [path for path in found if path.match(pattern) and path.is_file()]
+    # The order must not depend on the file system.
     paths.sort()
     random.Random(0).shuffle(paths)
     return paths, met
@@ -361,6 +365,7 @@ def hugging_face(name: str, config: str | None, split: str, column: str) -> Call
     except ImportError as e:
         raise UserError("--hf needs the package datasets: pip install datasets") from e
     where = {"path": name, "name": config, "split": split, "streaming": "[" not in split}
+    # A file of this name is meant; the Hub would be asked for a dataset of the name otherwise.
     if Path(name).is_file():
         kind = Path(name.removesuffix(".gz")).suffix
         where |= {"path": {".jsonl": "json", ".txt": "text"}.get(kind, kind[1:]), "data_files": name}
@@ -384,6 +389,7 @@ def split_documents(documents: Iterable[str]) -> Iterator[tuple[str, str]]:
     """(text, 'train' or 'val') pairs: of many documents every 20th is held out, of few each one's last 5%."""
     documents = iter(documents)
     head = list(itertools.islice(documents, 20))
+    # Whole documents are a fairer test than the ends of documents that were trained on.
     if len(head) == 20:
         for i, text in enumerate(itertools.chain(head, documents)):
             yield text, "val" if i % 20 == 19 else "train"
@@ -461,6 +467,7 @@ def prepare(
                     f"{source} is too short: its {split} part has no text; give 1,000 characters or more"
                 )
         (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    # Bytes per token say how well the tokenizer fits the text.
     t, v = meta["train"], meta["val"]
     ratio = (t["bytes"] + v["bytes"]) / (t["tokens"] + v["tokens"])
     print(
@@ -533,6 +540,7 @@ class Tokens:
         about = self.meta[split]
         if not self.path.exists() or sha256(self.path) != about["sha256"]:
             raise UserError(f"{self.path} is missing or its sha256 is not that in meta.json; {MAKE_AGAIN}")
+        # Windows are read from the file, not from a memory map, where a file cut short kills the process.
         self.file, self.dtype = open(self.path, "rb", buffering=0), np.dtype(self.meta["dtype"])
         self.n_tokens = self.path.stat().st_size // self.dtype.itemsize
         self.bytes_per_token = about["bytes"] / self.n_tokens
@@ -566,6 +574,7 @@ class Tokens:
     def _start(self, n: int, seed: int) -> int:
         """Where the n-th window begins. Every epoch has a permutation of the windows and a shift of its
         own."""
+        # No state but a cache of the current epoch's order.
         epoch, k = divmod(n, self.n_windows)
         if getattr(self, "_epoch", None) != (epoch, seed):
             rng = np.random.default_rng((seed, epoch))
@@ -575,6 +584,7 @@ class Tokens:
 
     def held_out(self, n: int, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The same (at most) n windows at every call, disjoint and evenly spread, in batches."""
+        # Spread over the whole file, because neighbouring windows are alike.
         picks = np.linspace(0, self.n_windows - 1, min(n, self.n_windows)).round().astype(int)
         for i in range(0, len(picks), batch_size):
             yield self.windows(picks[i : i + batch_size] * self.block_size)

@@ -55,13 +55,16 @@ def arguments() -> argparse.Namespace:
 
 def print_sample(model: GPT, enc, text: str, prompt: list[int], cache: KVCache, seed: int, args) -> str:
     """Print a continuation as it is generated. Returns what there is to say of its speed."""
+    # The same seed for every plan, so that differences come from the plan.
     options = {"temperature": args.temperature, "top_k": args.top_k or None, "seed": seed, "cache": cache}
     options |= {"exact_prefill": args.exact_prefill, "n_vocab": enc.n_vocab}
     idx = torch.tensor([prompt], device=model.embed.weight.device)
+    # Chat models end a turn with a token of their own.
     stops = set() if args.ignore_eot else {enc.eot_token, *model.config.stop_tokens}
     stream = data.TextStream(enc)
     cache.length = 0
     print(text, end="", flush=True)
+    # Prefill ends with the first token, decoding is the rest.
     times = [time.perf_counter()]
     for token in model.stream(idx, args.max_new_tokens, **options):
         token = token.item()  # waits for the device
@@ -85,6 +88,7 @@ def main():
     model, enc = with_tokenizer(args.out_dir, device)
     text = read_text(Path(user_path(args.start[5:]))) if args.start.startswith("FILE:") else args.start
     prompt = data.prompt(enc, text)
+    # What was asked for must fit; the default is what fits.
     room = model.config.block_size - len(prompt)
     args.max_new_tokens = args.max_new_tokens or max(1, min(128, room))
     if args.max_new_tokens > room:
@@ -94,6 +98,7 @@ def main():
         )
     specs = [auto_plan(spec, args.out_dir, model) for spec in args.plan or [model.plan.spec]]
     plans = [model.resolve(spec) for spec in specs]
+    # Weights and cache in one dtype: decoding is bound by the bytes that it reads.
     model.to(dtype)
     if args.compile:
         kernels.compile_decoding(model)
@@ -104,6 +109,7 @@ def main():
         for i in range(args.num_samples):
             print(f"--- {spec}" + (f", sample {i + 1}" if args.num_samples > 1 else ""))
             notes = print_sample(model, enc, text, prompt, cache, args.seed + i, args)
+            # What a cache of every layer would take, by the plan's own ratio.
             whole = human(cache.bytes / plan.cache_ratio, "B")
             size = f"cache {human(cache.bytes, 'B')} of {whole} ({plan.cache_ratio:.1%})"
             print(f"--- {spec}: {notes}; {size} for {cache.max_len} tokens")

@@ -85,6 +85,7 @@ def search(start: Plan, loss: Callable[[Plan], float], lowest: int = 0) -> list[
     Lazy greedy: costs rarely fall as more is dropped, so old ones serve as lower bounds. Drops wait in the
     order of their last known cost, and only as many are evaluated again as it takes to find one that still
     costs least: a few per step, not one per stored tensor."""
+    # The same plan is met again and again, from different drops.
     loss = cache(loss)
     path = [(start, loss(start))]
     queue = [(-math.inf, "k", layer) for layer in start.k_layers if layer > max(start.k_layers[0], lowest)]
@@ -95,11 +96,14 @@ def search(start: Plan, loss: Callable[[Plan], float], lowest: int = 0) -> list[
         plan = path[-1][0]
         _, kind, layer = heapq.heappop(queue)
         stored = plan.k_layers if kind == "k" else plan.v_layers
+        # The nearest stored layer below is most alike, so it is tried first, and alone decides the order.
         *others, nearest = [drop(plan, kind, layer, source) for source in stored if source < layer]
+        # Another drop may cost less by now: put this one back with its new cost.
         if queue and loss(nearest) > queue[0][0]:
             heapq.heappush(queue, (loss(nearest), kind, layer))
             continue
         best = min([nearest, *others], key=loss)
+        # The cheapest drop: choose the source that serves its readers best.
         path.append((best, loss(best)))
         progress(len(path) - 1, f"{best.cache_ratio:.1%} of the cache")
     return path
@@ -138,6 +142,7 @@ def auto_plan(spec: str, out_dir: str, model: GPT) -> str:
         raise UserError(
             f"plan {spec!r} takes one from {path} ({first_line(e)}); search again: {again}"
         ) from e
+    # A plan found for other weights is still a plan: it is used, but not silently.
     if row.get("weights") != fingerprint(model):
         note = f"was searched at step {row.get('step')}, with other weights; search again: {again}"
         print(f"{path}: {plan.spec} {note}", file=sys.stderr)
@@ -162,6 +167,7 @@ def choose(
                 had.add(spec)
             except PlanError as e:
                 lacking.append((spec, e))
+        # No plan twice, in the order asked for.
         todo += [(name, plan) for plan in dict.fromkeys(plans + (found or {}).get(name, []))]
     for spec, e in lacking:
         if spec not in had:
@@ -316,6 +322,7 @@ def load_runs(
             raise UserError(
                 f"{corpus} is not the corpus that {folder} was trained on; make that again: python data.py"
             )
+        # Losses over different text, or windows of other lengths, cannot stand in one picture.
         if tokens and (found.meta["val"], found.block_size) != (tokens.meta["val"], tokens.block_size):
             raise UserError(
                 f"{folder} differs from {folders[0]} in corpus or block_size, so their losses cannot be "
@@ -387,6 +394,7 @@ def main():
         draw_curves(args.out_dir, folder / "curves.png")
         print(f"wrote {folder / 'curves.png'}")
         return
+    # Curves need no model; everything below does.
     device = pick_device(args.device, many_shapes=True)
     runs, tokens, settings = load_runs(args.out_dir, device, args.data_dir, args.dataset, args.block_size)
     dtype, _ = pick_dtype(args.dtype or settings[0].dtype, device)

@@ -55,6 +55,7 @@ class Ours:
 
     def cache(self, batch: int, length: int) -> KVCache:
         """An empty cache, in the same memory at every use, as CUDA graphs need it."""
+        # A recorded step writes where it was recorded.
         if (batch, length) not in self.kept:
             self.kept[batch, length] = KVCache(self.model.config, self.plan, batch, length, **self.placement)
         self.kept[batch, length].length = 0
@@ -76,8 +77,10 @@ class HuggingFace:
             raise UserError(f"--peer hf knows no sharing, and the model was built for {model.plan.spec!r}")
         config, weights = hf.export(model)
         config = AutoConfig.for_model(**config)
+        # No second copy of the weights: built without memory, then handed ours.
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(config, dtype=model.embed.weight.dtype)
+        # Tensors are assigned, not copied, so both models read the same memory.
         self.model.load_state_dict(weights, assign=True)
         with model.embed.weight.device:  # the table of angles is not among the weights
             self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config)
@@ -138,12 +141,14 @@ def measure(contender, prompt: int, batch: int, filled: int, n: int) -> tuple:
     """TTFT and TPOT in seconds, and the cache in bytes, of a prompt and n new tokens, after `filled`
     positions that are in the cache already."""
     device, vocab_size = contender.placement["device"], contender.vocab_size
+    # Random tokens: time does not depend on which.
     idx = torch.randint(vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
     cache = contender.cache(batch, filled + prompt + n)
     if filled:
         for store in (*cache.k.values(), *cache.v.values()):
             store.fill_(0.01)  # memory that no one wrote is not really read
         cache.length = filled
+    # From here on only marks are taken.
     clock = Clock(device)
     clock.mark()
     for _ in contender.tokens(idx, n, cache):
@@ -197,6 +202,7 @@ def latencies(contenders: list, cases: list[tuple], args) -> list[dict]:
 
 def at_capacity(contenders: list, args) -> list[tuple]:
     """Cases whose batch is the largest whose cache fits --memory_gb, filled but for the new tokens."""
+    # The cache is filled without a prefill, which would take minutes and is measured elsewhere.
     positions, memory = max(args.prompts), 1e9 * args.memory_gb
     blocks, cases = max(2, -(-positions // kernels.BLOCK)), []
     for contender in contenders:
@@ -216,6 +222,7 @@ def report(rows: list[dict]) -> str:
     lines = [["", "context", "batch", *(cell for name in names.values() for cell in (name, "ratio (pred.)"))]]
     lines[0].append("of bandwidth")
     for row in rows:
+        # Ratios within one context, and apart for the largest batches, which have no first token.
         base = next(
             r for r in rows if (r["context"], r["ttft"] is None) == (row["context"], row["ttft"] is None)
         )
@@ -296,6 +303,7 @@ def make_contenders(args, device: str, dtype: torch.dtype) -> list[Ours]:
             )
     if args.out_dir is None and (searched := [spec for spec in args.plans or () if spec[:5] == "auto:"]):
         raise UserError(f"--plans {searched[0]} takes what was searched for a run; name that: --out_dir")
+    # A model built for a plan runs that; one with every layer's KV, all of the usual ones.
     own = PLANS if model.plan.spec == "full" and model.config.n_layer > 3 else [model.plan.spec]
     specs = dict.fromkeys(auto_plan(spec, args.out_dir, model) for spec in args.plans or own)
     model = model.to(device, dtype).eval()

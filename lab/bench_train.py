@@ -30,6 +30,7 @@ def peak_memory(step, device: str) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with torch.profiler.profile(profile_memory=True) as profile:
         step()
+    # A running sum of what is allocated and freed; its highest point is the peak.
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
@@ -45,6 +46,7 @@ def measure(args, device: str, dtype: torch.dtype, about: dict, path: Path, take
         raise UserError("--train compares plans of two halves; --n_layer must be 2 or more")
     plans = {"normal": "full", "stochastic p=0.5": "full", "fusedkv": "fusedkv"}
     plans[f"cyclic, {base.forward_passes} + {base.backward_passes}"] = f"sandwich-top:{base.n_layer // 2}"
+    # Speed does not depend on the text, so there is none.
     idx = torch.randint(vocab_size, (base.batch_size, base.block_size))
     tokens = SimpleNamespace(batch=lambda *_: (idx, idx))  # in place of a corpus
     steps, rows = {}, []
@@ -68,6 +70,7 @@ def measure(args, device: str, dtype: torch.dtype, about: dict, path: Path, take
         return time.perf_counter() - began
 
     seconds = take_turns({(name,): partial(timed, step) for name, step in steps.items()}, args.repeats)
+    # Two yardsticks: what this machine multiplies at best, and what its data sheet claims.
     peak, sheet = matmul_peak(device, dtype), data_sheet_peak(device)
     lines = [["", "tokens/s", "ratio", "FLOP/s", "of matmul peak", "of data sheet", "peak memory"]]
     for row in rows:

@@ -65,6 +65,7 @@ SHOWN = 30  # lines of a step's output on the page
 
 def take(name: str, limit: int, command: str, out: Path) -> dict:
     """Run a step; its output goes into a log. Returns what became of it."""
+    # Files of the repository by their full paths, since this can be started anywhere.
     words = [str(ROOT / word) if (ROOT / word).is_file() else word for word in shlex.split(command)]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}

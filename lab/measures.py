@@ -35,6 +35,7 @@ def deployments(n_layer: int, share: float, lowest: int = 0) -> list[str]:
     """Ways to spend a share of the cache: keep K and V of evenly spread layers, and let the others read the
     nearest kept layer below, or its K with V of layer 0; or store V of layer 0 alone, and K of more
     layers."""
+    # Three ways to spend the same bytes; the best on training text is deployed.
     kept = evenly(n_layer, max(1, int(n_layer * share)), lowest)
     bottom_v = [r if r.k == (i,) else Route(r.k, (0,)) for i, r in enumerate(kept.routes)]
     n_keys = max(1, min(n_layer, int(2 * n_layer * share) - 1))

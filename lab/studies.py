@@ -175,6 +175,7 @@ def claims_table(found: dict[str, dict]) -> str:
     for name, numbers in found.items():
         for key, by_label in numbers["claims"].items():
             merged.setdefault(tuple(STUDIES[name]["claims"][key][:2]), {}).update(by_label)
+    # A claim that several studies test is one row.
     for (source, sentence), by_label in merged.items():
         cells = [
             f"{label} {effect:+.3f} ± {margin:.3f}".strip() for label, (effect, margin) in by_label.items()

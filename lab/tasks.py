@@ -64,6 +64,7 @@ def continuations(
             raise UserError(
                 f"a task has a continuation of {len(continuation)} tokens, and this model scores 1 to {room}"
             )
+        # The last token is only predicted; of what is longer than the context the beginning goes.
         by_input[tuple((context + continuation)[-room - 1 : -1])].append(i)
     inputs, results = sorted(by_input, key=len, reverse=True), [None] * len(pairs)
     for start in range(0, len(inputs), batch_size):

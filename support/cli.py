@@ -152,6 +152,7 @@ class Parser(argparse.ArgumentParser):
         known = self._option_string_actions
         words = []
         for word in sys.argv[1:]:
+            # Only the flag's own name is changed, never a value.
             name, equals, value = word.partition("=")
             flag = "--" + name[2:].replace("-", "_")
             words.append(flag + equals + value if flag in known else word)
@@ -380,6 +381,7 @@ def new_folder(folder: Path, replace: Callable[[Path], bool] = lambda folder: Fa
         held.close()
         (work / "lock").unlink()
         check()
+        # A folder cannot be replaced in one step: the old one makes way first.
         old = work.with_suffix(".old")
         if folder.exists():
             folder.rename(old)

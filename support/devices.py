@@ -20,6 +20,7 @@ def pick_device(name: str, many_shapes: bool = False) -> str:
     elif name == "auto":
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        # Asking for a value shows more than asking for memory: the meta device has none to give.
         torch.empty(1, device=name).item()
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name} is not available here ({first_line(e)}); use --device auto") from e

@@ -216,6 +216,7 @@ def load_hf(folder: str | Path, block_size: int | None = None, dtype: torch.dtyp
             raise UserError(
                 f"{folder}: lm_head.weight differs, and tie_word_embeddings says that it is shared"
             )
+    # Both ways: nothing that the model needs is missing, and nothing is there that it would not use.
     wanted = {hf_name(name): (name, p.shape) for name, p in model.state_dict().items()}
     state = {}
     for name in sorted(set(wanted) | set(tensors)):

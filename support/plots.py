@@ -29,6 +29,7 @@ def picture(path: Path, columns: int = 1, rows: int = 1, width: float = 4.5, hei
 
     plt.rcParams["text.parse_math"] = False  # a `$` in the name of a run is only that
 
+    # In inches, so that all pictures have letters of one size.
     fig, axes = plt.subplots(rows, columns, figsize=(1 + width * columns, height * rows), dpi=130, **options)
     try:
         yield axes
@@ -36,6 +37,7 @@ def picture(path: Path, columns: int = 1, rows: int = 1, width: float = 4.5, hei
             if ax.get_legend_handles_labels()[0]:
                 ax.legend(frameon=False, fontsize=8)
         fig.tight_layout()
+        # Drawn in memory, and written like every other file.
         content = io.BytesIO()
         fig.savefig(content, format="png")
     finally:

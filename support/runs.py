@@ -93,6 +93,7 @@ def find_checkpoint(folder: Path, best: bool = False) -> tuple[Path, dict]:
         if runs := sorted(path.parent.name for path in folder.glob("*/ckpt.pt")):
             fix = f"its runs are {', '.join(runs)}"
         raise UserError(errors[0] if errors else f"no checkpoint in {folder}; {fix}")
+    # By step, not by name: a run that was killed between its two files leaves the newer one as best.pt.
     path = max(found, key=lambda path: found[path]["step"])
     if not best and not errors and path.name == "best.pt":  # killed after the one and before the other
         errors = [f"{folder / 'ckpt.pt'} is missing or older"]
@@ -316,6 +317,7 @@ class Run:
         """A line on the screen and in the log. `losses`: loss and gradient norm of the steps since the last
         report, up to this one; `plans`: what was drawn for them; `left`: the steps to come. Fails where a
         loss or a norm is not finite, before anything of it is saved."""
+        # One transfer for all steps since the last report.
         losses = torch.stack(losses).tolist()  # waits for a GPU
         for i, pair in enumerate(losses):
             for name, value in zip(("loss", "gradient norm"), pair):
@@ -350,8 +352,10 @@ class Run:
             self.fail(f"the weights became infinite or nan by step {step}", "lower --learning_rate")
         about = {"step": step, "best_val_loss": self.best, "time": self.seconds} | self.shas
         about |= {"config": self.settings, "model_config": vars(model.config)}
+        # In memory first: both files then hold the same bytes, and a full disk is met before anything is replaced.
         content = io.BytesIO()
         torch.save(state | about, content)
+        # The folder may have been removed, or another run may be at work in a new one of its name.
         held, path = os.fstat(self.lock.fileno()), self.folder / "run.lock"
         if not (path.exists() and os.path.samestat(path.stat(), held)):
             self.fail(f"{self.folder} was removed, or is another run's now", "choose another --out_dir")

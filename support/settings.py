@@ -16,6 +16,7 @@ def start(cls, free_on_resume: set[str], description: str):
     checkpoint or the folder."""
     if parallel.RANK:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks for all
+    # What the user gave stays apart from defaults, which a checkpoint or folder overrides.
     given = given_settings(cls, description)
     # The others, such as a plan, are for a number of layers that is not known yet.
     c = cls(**{name: given[name] for name in ("out_dir", "init_from", "block_size") if name in given})

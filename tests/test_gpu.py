@@ -67,18 +67,20 @@ def test_training_steps_as_on_the_cpu(plan, p, optimizer):
 @pytest.mark.gpu
 @pytest.mark.parametrize("plan", PLANS)
 def test_recorded_decoding_as_on_the_cpu(plan):
-    """Greedy tokens over a block's end, from a cache that is used twice: the second time what was recorded is
-    replayed from its first token on."""
+    """Greedy tokens over a block's end; a step is recorded once and serves every prompt."""
     model, prompt = make_model(plan, **SIZES), ids(120)
     expected = model.generate(prompt, 20, temperature=0)
     model = copy.deepcopy(model).to(DEVICE)
     if CUDA:
         kernels.compile_decoding(model)
-    cache = KVCache(model.config, model.plan, 2, 140, device=DEVICE)
-    for _ in range(2):
+    cache, graphs = KVCache(model.config, model.plan, 2, 140, device=DEVICE), set()
+    for length in (120, 60, 120):
         cache.length = 0
-        got = torch.cat(list(model.stream(prompt.to(DEVICE), 20, temperature=0, cache=cache)), dim=1)
-        assert torch.equal(got.cpu(), expected[:, 120:])
+        new = model.stream(prompt[:, :length].to(DEVICE), 20, temperature=0, cache=cache)
+        got = torch.cat(list(new), dim=1).cpu()
+        graphs.add(cache.graph)
+        assert length < 120 or torch.equal(got, expected[:, 120:])
+    assert len(graphs) == 1 and (None in graphs) != CUDA
 
 
 def test_the_whole_command_on_a_cpu(corpus, tmp_path, script, monkeypatch):

@@ -536,21 +536,3 @@ def test_steps_of_fixed_sizes_decode_the_same(spec):
         idx_next = model(idx if cache.length == 0 else idx[:, -1:], cache=cache)[0][:, -1].argmax(-1)
         idx = torch.cat((idx, idx_next[:, None]), dim=1)
     assert torch.equal(idx, expected)
-
-
-@torch.no_grad()
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("spec", ["full", "fusedkv", "cla:2", "sandwich-middle:2", "shared-v"])
-def test_cuda_graphs_decode_the_same(spec):
-    model = make_model(spec, block_size=400).cuda()
-    idx = tokens(2, 200).cuda()
-    expected = model.generate(idx[:, :120], 30, temperature=0)
-    kernels.compile_decoding(model)
-    cache, graphs = KVCache(model.config, model.plan, 2, 400, device="cuda"), set()
-    for length in (120, 60, 200, 120):  # the graph is recorded once and serves every prompt
-        cache.length = 0
-        got = torch.cat([idx[:, :length], *model.stream(idx[:, :length], 30, 0, cache=cache)], dim=1)
-        graphs.add(cache.graph)
-        if length == 120:
-            assert torch.equal(got, expected)
-    assert len(graphs) == 1 and None not in graphs
