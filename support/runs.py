@@ -352,7 +352,7 @@ class Run:
             self.fail(f"the weights became infinite or nan by step {step}", "lower --learning_rate")
         about = {"step": step, "best_val_loss": self.best, "time": self.seconds} | self.shas
         about |= {"config": self.settings, "model_config": vars(model.config)}
-        # In memory first: both files then hold the same bytes, and a full disk is met before anything is replaced.
+        # In memory first: both files then hold the same bytes, and nothing is replaced by half of one.
         content = io.BytesIO()
         torch.save(state | about, content)
         # The folder may have been removed, or another run may be at work in a new one of its name.
