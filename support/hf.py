@@ -230,9 +230,9 @@ def load_hf(folder: str | Path, block_size: int | None = None, dtype: torch.dtyp
         if tensor.shape != shape:
             have, want = tuple(tensor.shape), tuple(shape)
             raise UserError(f"{folder}: tensor {name} is {have} and its config.json asks for {want}")
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise UserError(f"{folder}: tensor {name} is {tensor.dtype}, or not finite; {FETCH}")
         state[ours] = tensor.to(dtype)
+        if not tensor.is_floating_point() or not state[ours].isfinite().all():
+            raise UserError(f"{folder}: tensor {name} is {tensor.dtype}, or not finite; {FETCH}")
     model.load_state_dict(state, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.embed.weight
