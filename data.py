@@ -312,7 +312,8 @@ def text_files(folder: Path, pattern: str) -> list[Path]:
     UserError where nothing matches or most files are something else."""
     paths, left_out = files_below(folder, pattern)
     if not paths:
-        raise UserError(f"no file below {folder} matches --glob {pattern!r}; hidden ones are left out")
+        met = "".join(f"; {what}" for what in left_out[:3])
+        raise UserError(f"no file below {folder} matches --glob {pattern!r}; hidden ones are left out{met}")
     texts = []
     for path in paths:
         try:
