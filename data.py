@@ -226,7 +226,8 @@ def prompt(enc: "tiktoken.Encoding | JsonTokenizer", text: str) -> list[int]:
     empty one begins as a document does: after the end of the one before."""
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # a shell can give any bytes
     start = getattr(enc, "start", [])
-    return start + enc.encode_ordinary(text) or [enc.eot_token]
+    ids = [token for piece in pieces(text) for token in enc.encode_ordinary(piece)]
+    return start + ids or [enc.eot_token]
 
 
 class TextStream:
@@ -589,8 +590,8 @@ def main():
     add("--tokenizer", type=user_path, default="bpe:4096", help=f"{kinds} [bpe:4096]")
     add("--data_dir", type=user_path, default="data", help="where tokenized corpora live [data]")
     args = parser.parse_args()
-    if "" in (args.input, args.hf):
-        raise UserError("--input and --hf must not be empty")
+    if "" in (args.input, args.hf, args.glob):
+        raise UserError("--input, --hf and --glob must not be empty")
     if args.input and not args.name:
         raise UserError("--input needs --name NAME, the folder below --data_dir to write")
     name = args.name or (Path(args.hf).stem if args.hf else args.dataset or "python")
