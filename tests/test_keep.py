@@ -1,5 +1,5 @@
-"""What people meet: nothing of theirs is lost or silently wrong, what is right is not refused, and every message
-names what to do."""
+"""What people meet: nothing of theirs is lost or silently wrong, what is right is not refused, and messages name
+what to do."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import tracemalloc
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import data
 from support import cli, devices, hf, parallel, plots, runs
@@ -78,7 +78,8 @@ def test_a_folder_that_is_no_corpus_of_ours_is_not_replaced(tmp_path, prepare, s
 def test_a_tokenizer_file_gives_ids_and_nothing_else(tmp_path):
     save_tokenizer(tmp_path / "tokenizer.json")
     enc = data.JsonTokenizer(tmp_path / "tokenizer.json")
-    assert len(enc.encode_ordinary("some words in a row")) == 5 == len(data.prompt(enc, "a row in some words"))
+    assert len(enc.encode_ordinary("some words in a row")) == 5
+    assert data.prompt(enc, "a row in some words") == [3, 4, 2, 0, 1]
     assert enc.eot_token not in enc.encode_ordinary("words <|endoftext|>")
     byte_pairs = json.loads((tmp_path / "tokenizer.json").read_text())
     byte_pairs["model"] = {"type": "BPE", "dropout": 0.9, "merges": [["a", "b"]]}
@@ -196,7 +197,7 @@ def test_weights_that_are_none_are_refused_and_others_read(run, tmp_path, change
     file = folder / "model.safetensors"
     tensors = torch_files.load_file(file)
     torch_files.save_file(tensors | change(tensors), file)
-    tried = pytest.raises(cli.UserError, match=said) if said else suppress()
+    tried = pytest.raises(cli.UserError, match=said) if said else nullcontext()
     with tried:
         hf.load_hf(folder)
     shutil.copy(file, folder / "model-2.safetensors")
@@ -341,7 +342,7 @@ def test_datasets_of_files_and_configurations(tmp_path, script, refused, monkeyp
         raise ValueError(f"no configuration {name}\nPlease pick one among: ['a', 'b']")
 
     monkeypatch.setattr(datasets, "load_dataset", several)
-    assert "no configuration c Please pick one among: ['a', 'b']" in refused(*command, "wiki", "--config", "c")
+    assert "no configuration c Please pick one among: ['a', 'b']" in refused(*command, "w", "--config", "c")
 
 
 @pytest.mark.parametrize(
@@ -392,7 +393,10 @@ def test_an_unknown_word_without_a_token_is_named(tmp_path, prepare, refused):
     assert "cannot encode the text" in line
 
 
-@pytest.mark.parametrize("module", ["train", "sample", "sweep", "data", "support.hf", "lab.bench", "lab.tasks"])
+MODULES = ["train", "sample", "sweep", "data", "support.hf", "lab.bench", "lab.tasks"]
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_ctrl_c_while_torch_is_imported(tmp_path, module):
     (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
@@ -447,7 +451,7 @@ def test_modes_and_what_a_killed_command_left(tmp_path):
         ("data.py x.txt", "did you mean --input x.txt?"),
         ("sample.py --out_dir .", "its runs are run"),
         ("sweep.py --out_dir run --plans full,cla:2", "separate plans by spaces"),
-        ("train.py --out_dir=run --init_from=resume --max_iters=9 --data_dir=none", "--data_dir where others are"),
+        ("train.py --out_dir=run --init_from=resume --max_iters=9 --data_dir=none", "--data_dir where"),
         ("data.py --input . --name x --glob /abs/*", "no file below . matches"),
         ("data.py --input . --name x --glob=", "must not be empty"),
     ],
