@@ -1,5 +1,5 @@
-"""What people meet: nothing of theirs is lost or silently wrong, what is right is not refused, and messages name
-what to do."""
+"""What people meet: nothing of theirs is lost or silently wrong, what is right is not refused, and messages
+name what to do."""
 
 import json
 import os
