@@ -86,21 +86,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
             continue
         if -n < 2:
             break
-        new = len(tokens)
+        new, changed = len(tokens), set()
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        changed = set()
         for w in where.pop(pair):
-            word, merged = words[w], _merge(words[w], pair, new)
-            if len(merged) == len(word):
-                continue
-            for old in zip(word, word[1:]):
+            for old, made in _merge(words[w], pair, new):
                 count[old] -= freq[w]
-                changed.add(old)
-            for p in zip(merged, merged[1:]):
-                count[p] += freq[w]
-                where[p].add(w)
-                changed.add(p)
-            words[w] = merged
+                count[made] += freq[w]
+                where[made].add(w)
+                changed |= {old, made}
+        count[pair] = 0
         for p in changed:
             if count[p] > 0:
                 heapq.heappush(queue, (-count[p], p))
@@ -111,16 +105,20 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     return ranks
 
 
-def _merge(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    out, i = [], 0
-    while i < len(word):
-        if i + 1 < len(word) and (word[i], word[i + 1]) == pair:
-            out.append(new)
-            i += 2
-        else:
-            out.append(word[i])
-            i += 1
-    return out
+def _merge(word: list[int], pair: tuple[int, int], new: int) -> Iterator[tuple[tuple, tuple]]:
+    """Put `new` in place of every `pair` in a word, from the left. Yields the pairs next to it and what they
+    become: the others stay, so a long word costs hardly more than short ones."""
+    left, right = pair
+    i = 0
+    while left in word[i:-1]:
+        i = word.index(left, i)
+        if word[i + 1] == right:
+            word[i : i + 2] = [new]
+            if i > 0:
+                yield (word[i - 1], left), (word[i - 1], new)
+            if i + 1 < len(word):
+                yield (right, word[i + 1]), (new, word[i + 1])
+        i += 1
 
 
 def encoding(name: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
