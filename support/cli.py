@@ -166,6 +166,9 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str):
+        word = next(iter(sys.argv[1:]), "-")
+        if message.endswith("required: --out_dir") and not word.startswith("-"):  # a bare path
+            message += f"; did you mean --out_dir {word}?"
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
