@@ -88,22 +88,17 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
             continue
         if -n < 2:
             break
-        new = len(tokens)
+        new, changed = len(tokens), set()
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
         changed = set()
         # Only the words that hold the pair change, and with them the counts of their other pairs.
         for w in where.pop(pair):
-            word, merged = words[w], _merge(words[w], pair, new)
-            if len(merged) == len(word):
-                continue
-            for old in zip(word, word[1:]):
+            for old, made in _merge(words[w], pair, new):
                 count[old] -= freq[w]
-                changed.add(old)
-            for p in zip(merged, merged[1:]):
-                count[p] += freq[w]
-                where[p].add(w)
-                changed.add(p)
-            words[w] = merged
+                count[made] += freq[w]
+                where[made].add(w)
+                changed |= {old, made}
+        count[pair] = 0
         for p in changed:
             if count[p] > 0:
                 heapq.heappush(queue, (-count[p], p))
@@ -233,7 +228,8 @@ def prompt(enc: "tiktoken.Encoding | JsonTokenizer", text: str) -> list[int]:
     empty one begins as a document does: after the end of the one before."""
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # a shell can give any bytes
     start = getattr(enc, "start", [])
-    return start + enc.encode_ordinary(text) or [enc.eot_token]
+    ids = [token for piece in pieces(text) for token in enc.encode_ordinary(piece)]
+    return start + ids or [enc.eot_token]
 
 
 class TextStream:
@@ -320,7 +316,8 @@ def text_files(folder: Path, pattern: str) -> list[Path]:
     UserError where nothing matches or most files are something else."""
     paths, left_out = files_below(folder, pattern)
     if not paths:
-        raise UserError(f"no file below {folder} matches --glob {pattern!r}; hidden ones are left out")
+        met = "".join(f"; {what}" for what in left_out[:3])
+        raise UserError(f"no file below {folder} matches --glob {pattern!r}; hidden ones are left out{met}")
     texts = []
     for path in paths:
         try:
@@ -606,8 +603,8 @@ def main():
     add("--tokenizer", type=user_path, default="bpe:4096", help=f"{kinds} [bpe:4096]")
     add("--data_dir", type=user_path, default="data", help="where tokenized corpora live [data]")
     args = parser.parse_args()
-    if "" in (args.input, args.hf):
-        raise UserError("--input and --hf must not be empty")
+    if "" in (args.input, args.hf, args.glob):
+        raise UserError("--input, --hf and --glob must not be empty")
     if args.input and not args.name:
         raise UserError("--input needs --name NAME, the folder below --data_dir to write")
     name = args.name or (Path(args.hf).stem if args.hf else args.dataset or "python")

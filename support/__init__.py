@@ -1,6 +1,7 @@
 """What every command needs and a reader may skip: settings, a run's folder, Hugging Face folders, costs,
 devices."""
 
+import os
 import sys
 
 
@@ -11,3 +12,8 @@ def report(kind: type, error: BaseException, traceback) -> None:
 
 
 sys.excepthook = report
+try:  # torch makes this folder while it is imported, also where nothing is to be compiled
+    os.makedirs(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "."), exist_ok=True)
+except OSError as e:
+    print(f"TORCHINDUCTOR_CACHE_DIR cannot be used ({e}), so torch takes another", file=sys.stderr)
+    del os.environ["TORCHINDUCTOR_CACHE_DIR"]

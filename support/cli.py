@@ -99,7 +99,7 @@ def run(main: Callable[[], None], only_prints: bool = False):
                 setattr(sys, name, Lasting(stream))
 
     def fail(message: str):
-        rank = os.environ.get("RANK", "0")
+        rank = os.environ.get("RANK") or "0"
         where = script if rank == "0" else f"{script} on rank {rank}"
         print(f"{where}: error: {one_line(message)}", file=sys.stderr)
         sys.exit(2)
@@ -167,6 +167,9 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str):
+        word = next(iter(sys.argv[1:]), "-")
+        if message.endswith("required: --out_dir") and not word.startswith("-"):  # a bare path
+            message += f"; did you mean --out_dir {word}?"
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
@@ -260,8 +263,8 @@ def checked(settings: object, cls, where: object = None) -> dict:
         if kind in (int, float) and not low <= value < below:
             limit = f"below {below}" if value >= below else f"{low} or more"
             raise UserError(f"{name} {value} is not valid; it must be {limit}")
-        if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f]", value):
-            raise UserError(f"{name} {value!r} has control characters")
+        if isinstance(value, str) and re.search(r"^$|[\x00-\x1f\x7f]", value):
+            raise UserError(f"{name} {value!r} is empty, or has control characters")
         result[key] = user_path(value) if isinstance(value, str) else value
     return result
 
@@ -360,11 +363,11 @@ def new_folder(folder: Path, replace: Callable[[Path], bool] = lambda folder: Fa
     """A folder to fill, which takes the place of `folder` at the end: it appears whole or not at all.
     UserError where something is there already that is neither empty nor, by `replace`, to be replaced."""
 
-    folder = folder.resolve() if folder.is_symlink() else folder
+    folder = folder.resolve()  # where a link leads, and `.` by its name
 
     def check() -> None:
         in_the_way = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-        if in_the_way and not (folder.is_dir() and replace(folder)):
+        if folder == Path.cwd() or (in_the_way and not (folder.is_dir() and replace(folder))):
             raise UserError(f"{folder} is there and holds other things; choose a new name, or move it away")
 
     check()

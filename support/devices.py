@@ -59,7 +59,8 @@ def why_not_compile(device: str) -> str:
         torch.compile(lambda x: (2 * x + 1).sum(-1))(torch.ones(8, 8, device=device))
         return ""
     except Exception as e:  # no compiler, or one that fails, no place for what it makes, no triton
-        said = str(e).partition("Output:\n")[2].strip() or str(e)
+        said = str(e).removeprefix("backend='inductor' raised:\n")
+        said = said.partition("Output:\n")[2].strip() or said
         return said.partition("\n")[0] or type(e).__name__
 
 

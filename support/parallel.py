@@ -34,6 +34,8 @@ RANK, RANKS = ranks()
 def launcher() -> str:
     """What started this program, for a command that starts it again."""
     script = shlex.quote(os.path.relpath(sys.argv[0]))
+    if sys.argv[0] == "-c":  # the code that called train.main, perhaps with a rule of its own
+        script = f"-c {shlex.quote(sys.orig_argv[-len(sys.argv)])}"
     return f"torchrun --standalone --nproc_per_node={RANKS} {script}" if RANKS > 1 else f"python {script}"
 
 
