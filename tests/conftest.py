@@ -73,10 +73,19 @@ def flags(corpus: Path, out: Path, **settings) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
+def new(corpus: Path, out: Path, **settings) -> list[str]:
+    """The command of a tiny run."""
+    return ["train.py", *flags(corpus, out, **settings)]
+
+
 def resume(out: Path, **settings) -> list[str]:
-    """The flags of a run that goes on."""
-    settings = {"out_dir": out, "init_from": "resume"} | settings
-    return [f"--{name}={value}" for name, value in settings.items()]
+    """The command of a run that goes on."""
+    return [
+        "train.py",
+        f"--out_dir={out}",
+        "--init_from=resume",
+        *(f"--{k}={v}" for k, v in settings.items()),
+    ]
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -121,21 +130,28 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def script(monkeypatch, capsys):
-    """script("train.py", "--flag", ...) -> (exit status, standard output, standard error), in this process;
-    "lab/bench.py" is what `python -m lab.bench` runs."""
+def execute(name: str, *args):
+    """What `python NAME ARGS` does, in this process; "lab/bench.py" is what `python -m lab.bench` runs."""
+    module = "support/costs.py" if name == "kv_router.py" else name
+    module = importlib.import_module(module.removesuffix(".py").replace("/", "."))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *map(str, args)])
+        for stream in ("stdout", "stderr"):  # which every cli.run wraps
+            patch.setattr(sys, stream, getattr(sys, stream))
+        cli.run(module.main)
 
-    def call(name: str, *args) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-        name = "support/costs.py" if name == "kv_router.py" else name
-        module, status = importlib.import_module(name.removesuffix(".py").replace("/", ".")), 0
+
+@pytest.fixture
+def script(capsys):
+    """script("train.py", "--flag", ...) -> (exit status, standard output, standard error), as `execute`."""
+
+    def call(*args) -> tuple[int, str, str]:
+        status = 0
         try:
-            cli.run(module.main)
+            execute(*args)
         except SystemExit as e:
             status = e.code or 0
-        out, err = capsys.readouterr()
-        return status, out, err
+        return status, *capsys.readouterr()
 
     return call
 
