@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -131,7 +132,10 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def execute(name: str, *args):
-    """What `python NAME ARGS` does, in this process; "lab/bench.py" is what `python -m lab.bench` runs."""
+    """What `python NAME ARGS` does, in this process. Without args, `name` is a whole command line, as a shell
+    takes it. "lab/bench.py" is what `python -m lab.bench` runs."""
+    if not args:
+        name, *args = shlex.split(name)
     module = "support/costs.py" if name == "kv_router.py" else name
     module = importlib.import_module(module.removesuffix(".py").replace("/", "."))
     with pytest.MonkeyPatch.context() as patch:
@@ -180,7 +184,7 @@ def tried(script):
         progress = r"\r?(scoring|tokenizing|learning merges) "
         lines = [line for line in err.splitlines() if not re.match(progress, line)]
         assert status == 2 and len(lines) == 1, (args, status, err)
-        assert lines[0].startswith(f"{Path(name).name}: error: ")
+        assert lines[0].startswith(f"{Path(name.split()[0]).name}: error: ")
         return lines[0]
 
     return call
@@ -215,10 +219,9 @@ def pytest_testnodedown(node):
 def pytest_terminal_summary(terminalreporter):
     for line in SAID:
         terminalreporter.write_line(line)
-    for kind, outcomes in FAULTS.items():
-        told = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.most_common())
-        terminalreporter.write_line(f"{outcomes.total():6} x {kind}: {told}")
+    lines = {f"x {kind}": outcomes for kind, outcomes in FAULTS.items()}
     if FAULTS:
-        total = sum((o for o in FAULTS.values()), Counter())
-        told = ", ".join(f"{n} {outcome}" for outcome, n in total.most_common())
-        terminalreporter.write_line(f"{total.total():6} faults in all: {told}")
+        lines["faults in all"] = sum(FAULTS.values(), Counter())
+    for kind, outcomes in lines.items():
+        told = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.most_common())
+        terminalreporter.write_line(f"{outcomes.total():6} {kind}: {told}")

@@ -53,6 +53,11 @@ def one_line(e: Exception) -> bool:
 
 
 @pytest.fixture
+def out(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.fixture
 def trains(corpus, works):
     """trains(folder, settings ...): a tiny run, which must end well"""
     return lambda out, **settings: works(*new(corpus, out, **settings))
@@ -112,31 +117,32 @@ def limit_memory():
     resource.setrlimit(resource.RLIMIT_AS, (used + (500 << 20),) * 2)
 
 
-def _child(output: Path, args: list[str], step: int | None, act):
+def _child(output: Path, command: list[str], step: int | None, act):
     with open(output, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     with at_step(step, act):
-        execute(*args)
+        execute(*command)
 
 
-@pytest.fixture(scope="module")
-def start():
-    """start(output file, command) -> a running train.py, which can `act` when it comes to a step"""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["test_faults"])
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """start(command) -> a running train.py, which can `act` when it comes to a step. Its said() is what it
+    and those before it have said."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    context, output = multiprocessing.get_context("forkserver"), tmp_path / "output"
+    context.set_forkserver_preload(["test_faults"])
+    output.touch()
 
-        def begin(output, args, step=None, act=None):
-            output.touch()
-            process = context.Process(target=_child, args=(output, args, step, act))
-            process.start()
-            return process
+    def begin(command, step=None, act=None):
+        process = context.Process(target=_child, args=(output, command, step, act))
+        process.start()
+        process.said = output.read_text
+        return process
 
-        yield begin
-        for process in multiprocessing.active_children():  # where a test failed before its run had ended
-            process.kill()
+    yield begin
+    for process in multiprocessing.active_children():  # where a test failed before its run had ended
+        process.kill()
 
 
 def wait_for(condition):
@@ -146,39 +152,33 @@ def wait_for(condition):
         time.sleep(0.005)
 
 
-def test_kill_9_at_any_moment_loses_nothing(corpus, tmp_path, undisturbed, start, many):
+def test_kill_9_at_any_moment_loses_nothing(corpus, out, undisturbed, start, many):
     """A run that checkpoints every step, killed and resumed until it is done, equals one never killed."""
-    out, output = tmp_path / "killed", tmp_path / "output"
     settings = {"router_p": 0.5, "gradient_accumulation_steps": 2, "eval_interval": 1, "max_iters": 25}
-    whole = undisturbed(**settings)
-    rng, kills, enough = random.Random(0), 0, many(2, 40)
-    while kills < enough:
-        exitcode = None
-        while exitcode != 0:
-            saved = any(out.glob("*.pt"))
-            process = start(output, resume(out) if saved else new(corpus, out, **settings))
-            process.join(rng.uniform(0.05, 1.0) if kills < enough else 60)
-            process.kill()
-            process.join()
-            exitcode = process.exitcode
-            assert exitcode in (0, -signal.SIGKILL), output.read_text()
-            kills += exitcode != 0
-        assert record(out) == whole and not list(out.glob("*.tmp"))
-        shutil.rmtree(out)
+    whole, rng, kills, enough = undisturbed(**settings), random.Random(0), 0, many(2, 40)
+    while kills < enough or out.exists():
+        process = start(resume(out) if any(out.glob("*.pt")) else new(corpus, out, **settings))
+        process.join(rng.uniform(0.05, 1.0) if kills < enough else 60)
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL), process.said()
+        kills += process.exitcode != 0
+        if process.exitcode == 0:
+            assert record(out) == whole and not list(out.glob("*.tmp"))
+            shutil.rmtree(out)
     came("kill -9", "resumed to the same result", kills)
-    assert "Traceback" not in output.read_text()
+    assert "Traceback" not in process.said()
 
 
-def test_one_run_a_folder_and_two_signals(corpus, tmp_path, refused, undisturbed, resumes, start):
+def test_one_run_a_folder_and_two_signals(corpus, out, refused, undisturbed, resumes, start):
     """A second run in the folder is refused while the first is at work, and not after it was killed. The
     first of two signals is obeyed after the step, the second at once."""
-    out, output = tmp_path / "run", tmp_path / "output"
-    process = start(output, new(corpus, out, eval_interval=1), 2, hold)
-    wait_for(lambda: "holding" in output.read_text())
+    process = start(new(corpus, out, eval_interval=1), 2, hold)
+    wait_for(lambda: "holding" in process.said())
     assert "another run is at work" in refused(*resume(out))
     came("two runs in one folder", "refused")
     os.kill(process.pid, signal.SIGTERM)
-    wait_for(lambda: "press again to quit immediately" in output.read_text())
+    wait_for(lambda: "press again to quit immediately" in process.said())
     os.kill(process.pid, signal.SIGINT)
     process.join(20)
     assert process.exitcode == -signal.SIGINT
@@ -188,16 +188,15 @@ def test_one_run_a_folder_and_two_signals(corpus, tmp_path, refused, undisturbed
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves(corpus, tmp_path, number, start):
-    out, output = tmp_path / "run", tmp_path / "output"
-    process = start(output, new(corpus, out, max_iters=100_000, log_interval=1))
-    wait_for(lambda: output.read_text().count("loss") > 20)
+def test_a_signal_saves(corpus, out, number, start):
+    process = start(new(corpus, out, max_iters=100_000, log_interval=1))
+    wait_for(lambda: process.said().count("loss") > 20)
     os.kill(process.pid, number)
     process.join(30)
-    said = output.read_text()
+    said = process.said()
     assert process.exitcode == 128 + number and "Traceback" not in said, said
-    step = int(re.search(r"stopped and saved after step (\d+); go on: python train.py", said)[1])
-    assert load_checkpoint(out / "ckpt.pt")["step"] == step
+    step = load_checkpoint(out / "ckpt.pt")["step"]
+    assert f"stopped and saved after step {step}; go on: python train.py" in said
     came(f"{number.name} to a process", "saved")
 
 
@@ -210,9 +209,9 @@ def test_ctrl_c_that_stops_the_compiler_too_is_no_error(act, raised):
 
 
 @pytest.mark.parametrize("fault", ["SIGTERM to torchrun", "kill -9 of one rank of two"])
-def test_two_ranks(corpus, tmp_path, resumes, fault):
+def test_two_ranks(corpus, out, resumes, fault):
     """A polite stop saves, whichever rank heard of it first; a dead rank ends the run, without a hang."""
-    out, output, killed = tmp_path / "run", tmp_path / "output", "kill" in fault
+    output, killed = out.with_name("output"), "kill" in fault
     command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split()]
     command += new(corpus, out, max_iters=100_000, log_interval=1, eval_interval=20)
     with output.open("w") as f, subprocess.Popen(command, cwd=ROOT, stdout=f, stderr=f) as process:
@@ -257,20 +256,15 @@ def test_stopped_at_any_step_and_resumed(corpus, tmp_path, script, undisturbed, 
         assert [line for line in lines_again if line in lines] == lines
         assert all(line in lines or line["step"] == step + 1 for line in lines_again)
         came("stop and resume", "the same result")
-
-    def crash():
-        raise KeyboardInterrupt  # as a kill would, without a last save
-
     out = tmp_path / "crashed"
-    with at_step(6, crash):
+    with at_step(6, sys.exit):  # as a kill does, without a last save
         script(*new(corpus, out, **settings))
     resumes(out)
     assert record(out) == whole
     came("crash and resume", "the same result")
 
 
-def test_settings_that_contradict_a_checkpoint(tmp_path, trains, resumes, refused):
-    out = tmp_path / "run"
+def test_settings_that_contradict_a_checkpoint(out, trains, resumes, refused):
     trains(out, max_iters=0)
     for setting in ("n_layer=3", "plan=yoco", "seed=9", "weight_decay=0.5", "batch_size=2", "eval_iters=2"):
         line = refused(*resume(out), f"--{setting}")
@@ -284,9 +278,9 @@ def test_settings_that_contradict_a_checkpoint(tmp_path, trains, resumes, refuse
 
 
 @pytest.fixture
-def interrupted(corpus, tmp_path, script, trains):
+def interrupted(corpus, out, script, trains):
     """A run of 8 steps, whole, and the folder of another that was stopped after step 6."""
-    whole, out = tmp_path / "whole", tmp_path / "run"
+    whole = out.with_name("whole")
     trains(whole, log_interval=1)
     with at_step(5, ctrl_c):
         script(*new(corpus, out, log_interval=1))
@@ -320,7 +314,7 @@ def test_the_newest_good_checkpoint_is_taken(interrupted, works, resumes, refuse
     assert "holds a run" in refused(*new(out, out))
     best.rename(last)
     best.write_bytes(good[:-30])
-    _, err = works("sample.py", "--out_dir", out, "--max_new_tokens", 4, "--device", "cpu")
+    _, err = works(f"sample.py --out_dir {out} --max_new_tokens 4 --device cpu")
     assert re.search(r"best.pt cannot be read .*; falling back to \S*ckpt.pt of step 4", err)
     came("damaged best.pt", "ckpt.pt taken")
     last.write_bytes(good[:-30])
@@ -328,9 +322,9 @@ def test_the_newest_good_checkpoint_is_taken(interrupted, works, resumes, refuse
     came("both damaged", "refused")
 
 
-def test_a_full_disk(corpus, tmp_path, undisturbed, resumes, refused):
+def test_a_full_disk(corpus, out, undisturbed, resumes, refused):
     """No file may grow beyond a limit from step 5 on: the save fails, and the one before it is whole."""
-    out, (soft, hard) = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -377,8 +371,8 @@ def test_a_full_tmpfs(corpus, tmp_path, undisturbed, resumes, refused, many):
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_folder_that_vanishes_or_cannot_be_written(corpus, tmp_path, trains, refused):
-    out, victim = tmp_path / "run", tmp_path / "victim"
+def test_a_folder_that_vanishes_or_cannot_be_written(corpus, out, trains, refused):
+    victim = out.with_name("victim")
     with at_step(5, lambda: shutil.rmtree(out)):
         line = refused(*new(corpus, out))
     assert "was removed, or is another run's now; no checkpoint is there" in line
@@ -399,10 +393,10 @@ def test_a_folder_that_vanishes_or_cannot_be_written(corpus, tmp_path, trains, r
 
 @pytest.mark.parametrize("what", ["loss", "gradient norm", "weights"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_numbers_gone_bad(corpus, tmp_path, undisturbed, resumes, refused, what, value):
+def test_numbers_gone_bad(corpus, out, undisturbed, resumes, refused, what, value):
     """Named with its step and plan; the checkpoint before it stays, and leads to the undamaged result."""
     settings = {"router_p": 0.5, "gradient_accumulation_steps": 2, "log_interval": 4}
-    out, (_, states) = tmp_path / "run", undisturbed(**settings)
+    _, states = undisturbed(**settings)
 
     def spoiled(step, c, model, *rest, take_step=train.take_step):
         if step == 5 and what == "loss":
@@ -427,53 +421,49 @@ def test_numbers_gone_bad(corpus, tmp_path, undisturbed, resumes, refused, what,
     came(f"{what} gone bad", "named, then the same result")
 
 
-def test_a_clock_that_jumps(tmp_path, trains, monkeypatch):
+def test_a_clock_that_jumps(out, trains, monkeypatch):
     rng, real = random.Random(0), time.time
     monkeypatch.setattr(time, "time", lambda: real() + rng.choice([-1e6, -10, 0, 10, 1e6]))
-    trains(tmp_path / "run")
-    rows = read_lines(tmp_path / "run" / "log.jsonl")
+    trains(out)
+    rows = read_lines(out / "log.jsonl")
     times = [row["time"] for row in rows]
     assert times == sorted(times) and 0 <= times[0] and times[-1] < 100
     assert all(0 < row["tokens_per_s"] < 1e7 for row in rows if "tokens_per_s" in row)
     came("clock that jumps", "right rates")
 
 
-def test_a_coarse_clock(tmp_path, trains, monkeypatch):
+def test_a_coarse_clock(out, trains, monkeypatch):
     """A step can take less time than the clock resolves: on Windows, 16 milliseconds."""
     real = time.monotonic
     monkeypatch.setattr(time, "monotonic", lambda: real() // 0.5 * 0.5)
-    trains(tmp_path / "run", log_interval=1)
+    trains(out, log_interval=1)
     came("coarse clock", "trained")
 
 
 @pytest.mark.parametrize("plan", ["full", "fusedkv", "1_1"])
-def test_a_context_of_one_token(tmp_path, trains, works, refused, plan):
-    out = tmp_path / "run"
+def test_a_context_of_one_token(out, trains, works, refused, plan):
     trains(out, block_size=1, plan=plan)
     assert all(map(math.isfinite, read_log(out, "val_loss").values()))
-    works("sweep.py", "--out_dir", out, "--windows", 4, "--device", "cpu")
-    assert "do not fit the context of 1" in refused("sample.py", "--out_dir", out, "--max_new_tokens", 1)
+    works(f"sweep.py --out_dir {out} --windows 4 --device cpu")
+    assert "do not fit the context of 1" in refused(f"sample.py --out_dir {out} --max_new_tokens 1")
     came("context of one token", "trained, swept, not sampled")
 
 
-def test_a_corpus_of_one_batch(tmp_path, works, refused):
-    one, out = tmp_path / "one", tmp_path / "run"
+def test_a_corpus_of_one_batch(out, works):
+    one = out.with_name("one")
     data.prepare(one, lambda: ["abcdefghij\n" * 60], "bytes", "a test")
     n = data.Tokens(one, "val", 1).n_tokens - 1
     batch_size = data.Tokens(one, "train", n).n_windows
     works(*new(one, out, block_size=n, batch_size=batch_size))
     first, *_, last = read_log(out, "val_loss").values()
     assert last < first
-    longer = flags(one, tmp_path / "other", block_size=n + 1)
-    assert "too few for a window" in refused("train.py", *longer)
     came("corpus of one batch", "trained")
 
 
-def test_out_of_memory_is_one_line(corpus, tmp_path, start, refused):
-    out, output = tmp_path / "run", tmp_path / "output"
-    process = start(output, new(corpus, out, batch_size=100_000), 0, limit_memory)
+def test_out_of_memory_is_one_line(corpus, out, start, refused):
+    process = start(new(corpus, out, batch_size=100_000), 0, limit_memory)
     process.join(60)
-    said = output.read_text()
+    said = process.said()
     assert process.exitcode == 2 and "Traceback" not in said, said
     assert re.search("out of memory .*lower --batch_size.*\n$", said), said
     line = refused(*new(corpus, out, n_embd=200_000))
@@ -503,11 +493,11 @@ def stock(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stock")
     data.prepare(folder / "other", other_texts, "bpe:512", "other text")
     for seed, of in enumerate((corpus, folder / "other")):
-        run, fused = folder / f"run{seed}", folder / f"fused{seed}"
+        run, fused = folder / f"run{seed}", folder / "fused" / str(seed)
         for out, plan in ((run, "full"), (fused, "0_k0+1v0")):
             execute(*new(of, out, seed=seed, plan=plan, max_iters=2))
-        execute("sweep.py", "--out_dir", run, "--search", "--windows=8", "--device=cpu")
-        execute("support/hf.py", fused, folder / f"hf{seed}")
+        execute(f"sweep.py --out_dir {run} --search --windows 8 --device cpu")
+        execute(f"support/hf.py {fused} {folder}/hf{seed}")
     return folder
 
 
@@ -610,10 +600,8 @@ def test_damaged_files(source, name, read, stock, request, tmp_path, many):
     if not path.exists():
         path.write_text('# größe\nn_layer = 4\nlearning_rate = 0.003\nplan = "keep:0,2"\nqk_norm = true\n')
     right, raw, rng = read(path), path.read_bytes(), random.Random(source + name)
-    others = [stock / "run0" / "search.jsonl", stock / "hf0" / "model.safetensors", stock / "other" / name]
-    if right is None:
-        others += [stock / "run0" / "ckpt.pt", *(stock / other / name for other in ("run1", "fused0", "hf1"))]
-    others = [other.read_bytes() for other in others if other.exists()]
+    names = (name, "search.jsonl", "model.safetensors", "ckpt.pt")
+    others = [other.read_bytes() for name in names for other in sorted(stock.glob(f"*/{name}"))]
     for _ in range(many(14, 400)):
         path.write_bytes(damaged(rng, raw, others))
         try:
@@ -635,10 +623,8 @@ def test_damaged_logs(interrupted, many):
         run = runs.Run(out)
         run.checkpoint = run.start = 6
         run.open_log(log)
-        rows = read_lines(log)
-        assert all(row["step"] <= 6 for row in rows)
-        kept = set(raw.splitlines()) & set(bad.split(b"\n"))
-        assert kept <= {json.dumps(row).encode() for row in rows}
+        assert all(row["step"] <= 6 for row in read_lines(log))
+        assert set(raw.splitlines()) & set(bad.split(b"\n")) <= set(log.read_bytes().splitlines())
         came("damaged log.jsonl", "whole lines kept")
 
 
@@ -696,15 +682,14 @@ def test_hostile_checkpoints(hostile, tmp_path, tried, refused):
         "model_config": changed(good["model_config"], sizes),
         "config": [[1], *changed(good["config"], settings)],
     }  # fmt: skip
-    sample = ("sample.py", "--max_new_tokens=1")
-    sweep_one = ("sweep.py", "--windows=1", "--plans", "full", "--save_dir", tmp_path)
+    sample = f"sample.py --out_dir {out} --max_new_tokens 1 --device cpu"
+    sweep_one = f"sweep.py --out_dir {out} --windows 1 --plans full --save_dir {tmp_path} --device cpu"
     for bad in changed(good, attacks):
         torch.save(bad, out / "ckpt.pt")
         refused(*resume(out, max_iters=4))
         came("hostile checkpoint", "refused")
         for command in [sample, sweep_one] if bad["config"] != good["config"] else [sample]:
-            line = tried(*command, "--out_dir", out, "--device=cpu")
-            came("hostile checkpoint", "refused" if line else "work")
+            came("hostile checkpoint", "refused" if tried(command) else "work")
 
 
 def test_checkpoints_that_are_none(hostile, refused):
@@ -726,11 +711,11 @@ def test_a_checkpoint_that_points_elsewhere(hostile, tmp_path, works, refused, m
     away = {"out_dir": elsewhere, "data_dir": elsewhere, "dataset": "python"}
     monkeypatch.chdir(tmp_path)
     shutil.move(out, tmp_path / "out" / "run")
-    command = ("train.py", "--init_from=resume", "--max_iters=4")
+    command = "train.py --init_from=resume --max_iters=4"
     torch.save(good | {"config": good["config"] | away}, "out/run/ckpt.pt")
-    assert "no tokenized corpus" in refused(*command)
+    assert "no tokenized corpus" in refused(command)
     torch.save(good | {"config": good["config"] | {"out_dir": elsewhere}}, "out/run/ckpt.pt")
-    works(*command)
+    works(command)
     assert not (tmp_path / "elsewhere").exists() and Path("out/run/log.jsonl").exists()
     came("hostile checkpoint", "refused")
     came("hostile checkpoint", "resumed in its own folder")
@@ -741,9 +726,8 @@ DIGITS = "1" + "0" * 400
 
 
 @pytest.mark.parametrize("step", ["-20000", "1.5", "true", "1e400", "[1]", DIGITS])
-def test_hostile_logs(tmp_path, trains, resumes, step):
+def test_hostile_logs(out, trains, resumes, step):
     """A line of a step that no run has; the resumed run logs the plans that it draws, and only those."""
-    out = tmp_path / "run"
     trains(out, router_p=0.5, eval_interval=2, max_iters=4)
     with open(out / "log.jsonl", "a") as file:
         file.write(f'{{"step": {step}, "train_loss": 1.0}}\n')
@@ -756,7 +740,7 @@ def test_hostile_logs(tmp_path, trains, resumes, step):
 @pytest.mark.parametrize("text", [NEST, "3", "[]", '{"train_loss": 1}', '{"step": 2, "val_loss": 1}'])
 def test_curves_of_hostile_logs(tmp_path, tried, text):
     (tmp_path / "log.jsonl").write_text(text)
-    line = tried("sweep.py", "--out_dir", tmp_path, "--curves")
+    line = tried(f"sweep.py --out_dir {tmp_path} --curves")
     came("hostile log.jsonl", "refused" if line else "work")
 
 
@@ -794,18 +778,18 @@ def test_hostile_settings(tmp_path, refuses):
         'out_dir = "a\\u0000b"', 'dataset = "a\\nb"', "learning_rate = inf", "learning_rate = nan",
         "beta2 = 1.0", f"n_layer = {DIGITS}", f"learning_rate = {DIGITS}", "[n_layer]\nx = 1",
     ]  # fmt: skip
-    refuses(tmp_path / "x.toml", texts, "train.py", tmp_path / "x.toml")
+    refuses(tmp_path / "x.toml", texts, f"train.py {tmp_path}/x.toml")
 
 
 def test_hostile_search(stock, tmp_path, works, refuses):
     out = shutil.copytree(stock / "run0", tmp_path / "run")
-    sample = ("sample.py", "--out_dir", out, "--plan", "auto:0.6", "--max_new_tokens", 2, "--device", "cpu")
+    sample = f"sample.py --out_dir {out} --plan auto:0.6 --max_new_tokens 2 --device cpu"
     row = {"plan": "keep:0", "cache_ratio": 0.5, "calibration_loss": 1.0}
     (out / "search.jsonl").write_text(json.dumps(row))
-    works(*sample)
+    works(sample)
     changes = {"plan": ["nope", 3], "calibration_loss": [{}, math.nan]}
     texts = ["", "\n", NEST, "3", "[]", "{}", "{", *changed(row, changes)]
-    refuses(out / "search.jsonl", texts, *sample)
+    refuses(out / "search.jsonl", texts, sample)
 
 
 def test_hostile_folders(stock, tmp_path, in_little_memory):
@@ -836,25 +820,26 @@ def test_hostile_folders(stock, tmp_path, in_little_memory):
 # --- plans and flags --------------------------------------------------------------------------------------
 
 
+NAMES = "full keep cla yoco pizza-top sandwich-bottom lasagna-middle fusedkv fusedkv-lite pizza- KEEP auto"
+NUMBERS = ["", " 2", *"0 1 2 3 7 8 -1 99 1000000000000 x \uff10 1e3".split()]
+
+
 def random_plan(rng: random.Random) -> str:
-    names = "full keep cla yoco pizza-top sandwich-bottom lasagna-middle fusedkv fusedkv-lite pizza- KEEP"
-    name, few, digit = rng.choice([*names.split(), "auto"]), rng.randint(0, 9), rng.randint(1, 9)
-
-    def number() -> str:
-        return str(rng.choice([0, 1, 2, 3, 7, 8, -1, 99, 10**12, "", "x", "\uff10", "1e3", " 2"]))
-
-    def letter() -> str:
-        return chr(rng.choice([rng.randint(0, 127), rng.randint(0, 0x10FFFF)]))
-
-    entries = [rng.choice([number(), f"k{number()}v{number()}+{number()}", "kv"]) for _ in range(few)]
-    likely = [rng.choice([str(i), f"k{i}v{rng.randint(0, 7)}", f"k0v{i}+{i // 2}"]) for i in range(8)]
+    name, few = rng.choice(NAMES.split()), rng.randrange(10)
+    entries, likely = [], []
+    for i in range(8):
+        a, b, c = rng.choices(NUMBERS, k=3)
+        entries.append(rng.choice([a, f"k{a}v{b}+{c}", "kv"]))
+        likely.append(rng.choice([str(i), f"k{i}v{rng.randint(0, 7)}", f"k0v{i}+{i // 2}"]))
+    letters = rng.choices(range(128), k=few) + rng.choices(range(0x110000), k=few)
+    some = entries[:few]
     spec = rng.choice([
-        name + rng.choice(["", ":"]) + rng.choice([",", "_", ":"]).join(entries),
-        name + rng.choice(["", f":{few}", f":0,{digit}"]),
-        "_".join(str(rng.randint(0, 7)) for _ in range(8)),
+        name + rng.choice(["", ":"]) + rng.choice(",_:").join(some),
+        name + rng.choice(["", f":{few}", f":0,{few}"]),
+        "_".join(rng.choices("01234567", k=8)),
         "_".join(likely),
-        "_".join(entries),
-        "".join(letter() for _ in range(few)),
+        "_".join(some),
+        "".join(map(chr, rng.sample(letters, few))),
     ])  # fmt: skip
     i = rng.randrange(len(spec) + 1)
     return spec[:i] + rng.choice("kv+_:,0 9\n") + spec[i + 1 :] if rng.random() < 0.2 else spec
@@ -878,60 +863,59 @@ def test_random_plans(many):
 NASTY = ["", " 3", "a\nb", "9" * 20, "9" * 400, *"0 -1 1 2 nan inf 1e400 1e-320 abc 1.5 true ../../x".split()]
 NASTY += "k0v 0x10 resume - = \u00fc \U0001f4a5 cla:2 full hf:x bytes".split()
 TAME = {  # flag -> valid values, where 1, 2 and 4 are not
-    "plan": ["full", "cla:2"], "plans": ["full", "keep:0"], "dtype": ["float32"], "device": ["cpu"],
-    "init_from": ["scratch"], "dataset": ["own"], "n_embd": ["32"], "head_dim": ["0", "8"], "beta1": ["0.5"],
-    "beta2": ["0.9"], "router_p": ["0.5"], "tie_embeddings": ["false"], "qk_norm": ["true"], "name": ["a"],
-    "split": ["train"], "tokenizer": ["bytes"], "start": ["def"],
+    "plan": "full cla:2", "plans": "full keep:0", "dtype": "float32", "device": "cpu", "init_from": "scratch",
+    "dataset": "own", "n_embd": "32", "head_dim": "0 8", "beta1": "0.5", "beta2": "0.9", "router_p": "0.5",
+    "tie_embeddings": "false", "qk_norm": "true", "name": "a", "split": "train", "tokenizer": "bytes",
+    "start": "def",
 }  # fmt: skip
 FLAGS = {
-    "train.py": [f.name for f in fields(TrainConfig) if f.name != "compile"],
-    "sample.py": "plan start num_samples max_new_tokens temperature top_k seed dtype device".split(),
-    "sweep.py": ["plans", "windows", "batch_size", "device", "data_dir", "nope"],
-    "data.py": ["dataset", "input", "name", "tokenizer", "data_dir", "split"],
-    "kv_router.py": "n_layer n_head n_embd head_dim context batch bytes vocab_size".split(),
-    "support/hf.py": ["nope"],
+    "train.py": " ".join(f.name for f in fields(TrainConfig) if f.name != "compile"),
+    "sample.py": "plan start num_samples max_new_tokens temperature top_k seed dtype device",
+    "sweep.py": "plans windows batch_size device data_dir nope",
+    "data.py": "dataset input name tokenizer data_dir split",
+    "kv_router.py": "n_layer n_head n_embd head_dim context batch bytes vocab_size",
+    "support/hf.py": "nope",
 }
 
 
 def test_random_flags(stock, corpus, tmp_path, tried, many, monkeypatch):
     """Every script with random flags does its work or prints one line."""
-    rng, run, text = random.Random(0), stock / "run0", tmp_path / "text.txt"
     monkeypatch.chdir(tmp_path)
-    text.write_text("some text\n" * 300)
-    base = {
-        "train.py": flags(corpus, tmp_path / "run", max_iters=1),
-        "sample.py": ["--out_dir", run, "--max_new_tokens", "2", "--device", "cpu"],
-        "sweep.py": ["--out_dir", run, "--windows", "2", "--save_dir", tmp_path / "sweep"],
-        "data.py": ["--input", text, "--name", "x", "--tokenizer", "bytes"],
-        "kv_router.py": ["cla:2"],
-        "support/hf.py": [run, tmp_path / "hf"],
-    }
     monkeypatch.setattr(data, "python_corpus", lambda: pytest.fail("no flag here asks for that"))
+    Path("text.txt").write_text("some text\n" * 300)
+    base = {
+        "train.py": " ".join(flags(corpus, "run", max_iters=1)),
+        "sample.py": f"--out_dir {stock}/run0 --max_new_tokens 2 --device cpu",
+        "sweep.py": f"--out_dir {stock}/run0 --windows 2 --save_dir sweep",
+        "data.py": "--input text.txt --name x --tokenizer bytes",
+        "kv_router.py": "cla:2",
+        "support/hf.py": f"{stock}/run0 hf",
+    }
+    rng = random.Random(0)
     for _ in range(many(60, 600)):
         name = rng.choice([*base, "train.py", "sample.py"])
-        args = list(base[name])
-        for flag in rng.sample(FLAGS[name], min(len(FLAGS[name]), rng.randint(1, 3))):
-            value = rng.choice(NASTY if rng.random() < 0.4 else TAME.get(flag, ["1", "2", "4"]))
+        names, args = FLAGS[name].split(), base[name].split()
+        for flag in rng.sample(names, min(len(names), rng.randint(1, 3))):
+            value = rng.choice(NASTY if rng.random() < 0.4 else TAME.get(flag, "1 2 4").split())
             args.append(f"--{flag}={value}")
         came(f"random flags of {name}", "refused" if tried(name, *args) else "work")
         for folder in ("run", "hf"):
-            shutil.rmtree(tmp_path / folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
     assert not any((folder / "x").exists() for folder in tmp_path.parents[:2])
 
 
 # --- smaller mistakes -------------------------------------------------------------------------------------
 
 
-def test_seeds_beyond_the_generators(corpus, tmp_path, refused, stock):
-    assert "--seed 18446744073709551616 is not valid" in refused(*new(corpus, tmp_path, seed=1 << 64))
-    sample = ("sample.py", "--out_dir", stock / "run0", "--max_new_tokens", 2)
-    assert "--seed" in refused(*sample, "--seed", 1 << 64)
+def test_seeds_beyond_the_generators(corpus, out, refused, stock):
+    assert "--seed 18446744073709551616 is not valid" in refused(*new(corpus, out, seed=1 << 64))
+    assert "--seed" in refused(f"sample.py --out_dir {stock}/run0 --max_new_tokens 2 --seed {1 << 64}")
     came("seed too large", "refused", 2)
 
 
 def test_fine_tuning_takes_only_the_folders_own_tokens(stock, corpus, tmp_path, works, refused):
     folder = tmp_path / "folder"
-    works("support/hf.py", stock / "run0", folder)
+    works(f"support/hf.py {stock}/run0 {folder}")
 
     def tune(corpus: Path) -> list[str]:
         command = new(corpus, tmp_path / "run", init_from=f"hf:{folder}", max_iters=1)
@@ -942,9 +926,10 @@ def test_fine_tuning_takes_only_the_folders_own_tokens(stock, corpus, tmp_path, 
     came("corpus of another tokenizer", "refused")
 
 
-def test_cyclic_passes_come_back_from_a_folder(tmp_path, trains, works):
+def test_cyclic_passes_come_back_from_a_folder(out, trains, works):
     pytest.importorskip("safetensors")
-    trains(tmp_path / "run", plan="1_1", forward_passes=3, backward_passes=1, max_iters=1)
-    works("support/hf.py", tmp_path / "run", tmp_path / "folder")
-    c = hf.load_hf(tmp_path / "folder").config
+    folder = out.with_name("folder")
+    trains(out, plan="1_1", forward_passes=3, backward_passes=1, max_iters=1)
+    works(f"support/hf.py {out} {folder}")
+    c = hf.load_hf(folder).config
     assert (c.plan, c.forward_passes, c.backward_passes) == ("1_1", 3, 1)
