@@ -1,14 +1,18 @@
 """What several test files share: every plan family, small models, a small corpus, running a script."""
 
+import contextlib
 import importlib
+import json
 import os
 import random
 import re
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
 
 import data
+import train
 from kv_router import Plan
 from model import GPT, GPTConfig
 from support import cli
@@ -21,6 +25,11 @@ SAID = []  # lines to be read at the end
 os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # `datasets` would ask the network, and wait
 torch.set_num_threads(1)  # tiny tensors: two threads only wait for each other
 ROOT = Path(__file__).parent.parent
+TINY = {
+    "n_layer": 2, "n_embd": 16, "n_head": 2, "n_kv_head": 1, "block_size": 16, "batch_size": 4,
+    "max_iters": 8, "warmup_iters": 2, "eval_interval": 4, "eval_iters": 1, "log_interval": 3,
+    "device": "cpu", "dtype": "float32", "learning_rate": 0.01, "min_lr": 0.001,
+}  # fmt: skip
 
 
 def acyclic_plans(n_layer: int) -> list[str]:
@@ -59,6 +68,50 @@ def make_model(plan: str = "full", seed: int = 0, **sizes) -> GPT:
     return model.eval()
 
 
+def flags(corpus: Path, out: Path, **settings) -> list[str]:
+    """The flags of a tiny run in `out`."""
+    settings = TINY | {"data_dir": corpus.parent, "dataset": corpus.name, "out_dir": out} | settings
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def new(corpus: Path, out: Path, **settings) -> list[str]:
+    """The command of a tiny run."""
+    return ["train.py", *flags(corpus, out, **settings)]
+
+
+def resume(out: Path, **settings) -> list[str]:
+    """The command of a run that goes on."""
+    return [
+        "train.py",
+        f"--out_dir={out}",
+        "--init_from=resume",
+        *(f"--{k}={v}" for k, v in settings.items()),
+    ]
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_log(out: Path, key: str) -> dict:
+    """step -> what the log of a run has under that key"""
+    return {row["step"]: row[key] for row in read_lines(out / "log.jsonl") if key in row}
+
+
+@contextlib.contextmanager
+def at_step(n: int | None, act):
+    """Call `act` when this process comes to training step n (0 is the first)."""
+
+    def take_step(step, *args, take_step=train.take_step):
+        if step == n:
+            act()
+        return take_step(step, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "take_step", take_step)
+        yield
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """Twelve documents of made-up code, always the same, with a vocabulary of 512 tokens, in DATA_DIR/own."""
@@ -78,39 +131,73 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def script(monkeypatch, capsys):
-    """script("train.py", "--flag", ...) -> (exit status, standard output, standard error), in this process;
-    "lab/bench.py" is what `python -m lab.bench` runs."""
+def execute(name: str, *args):
+    """What `python NAME ARGS` does, in this process. Without args, `name` is a whole command line, as a shell
+    takes it. "lab/bench.py" is what `python -m lab.bench` runs."""
+    if not args:
+        name, *args = shlex.split(name)
+    module = "support/costs.py" if name == "kv_router.py" else name
+    module = importlib.import_module(module.removesuffix(".py").replace("/", "."))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *map(str, args)])
+        for stream in ("stdout", "stderr"):  # which every cli.run wraps
+            patch.setattr(sys, stream, getattr(sys, stream))
+        cli.run(module.main)
 
-    def call(name: str, *args) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-        name = "support/costs.py" if name == "kv_router.py" else name
-        module, status = importlib.import_module(name.removesuffix(".py").replace("/", ".")), 0
+
+@pytest.fixture
+def script(capsys):
+    """script("train.py", "--flag", ...) -> (exit status, standard output, standard error), as `execute`."""
+
+    def call(*args) -> tuple[int, str, str]:
+        status = 0
         try:
-            cli.run(module.main)
+            execute(*args)
         except SystemExit as e:
             status = e.code or 0
-        out, err = capsys.readouterr()
-        return status, out, err
+        return status, *capsys.readouterr()
 
     return call
 
 
 @pytest.fixture
-def refused(script):
-    """refused(script, flags ...) -> the one line, after checking that it is one, with exit status 2."""
+def works(script):
+    """works(script, flags ...) -> standard output, standard error, after checking that it ended well."""
+
+    def call(*args) -> tuple[str, str]:
+        status, out, err = script(*args)
+        assert status == 0, err
+        return out, err
+
+    return call
+
+
+@pytest.fixture
+def tried(script):
+    """tried(script, flags ...) -> "" where it does its work, or the one line with which it refuses, after
+    checking that it is one, with exit status 2."""
 
     def call(name: str, *args) -> str:
         status, _, err = script(name, *args)
-        lines = [
-            line
-            for line in err.splitlines()
-            if not re.match(r"\r?(scoring|tokenizing|learning merges) ", line)
-        ]
-        assert status == 2 and len(lines) == 1, (status, err)
-        assert lines[0].startswith(f"{Path(name).name}: error: ")
+        if status == 0:
+            return ""
+        progress = r"\r?(scoring|tokenizing|learning merges) "
+        lines = [line for line in err.splitlines() if not re.match(progress, line)]
+        assert status == 2 and len(lines) == 1, (args, status, err)
+        assert lines[0].startswith(f"{Path(name.split()[0]).name}: error: ")
         return lines[0]
+
+    return call
+
+
+@pytest.fixture
+def refused(tried):
+    """refused(script, flags ...) -> the one line, after checking that it does not do its work."""
+
+    def call(*args) -> str:
+        line = tried(*args)
+        assert line, args
+        return line
 
     return call
 
@@ -132,10 +219,9 @@ def pytest_testnodedown(node):
 def pytest_terminal_summary(terminalreporter):
     for line in SAID:
         terminalreporter.write_line(line)
-    for kind, outcomes in FAULTS.items():
-        told = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.most_common())
-        terminalreporter.write_line(f"{outcomes.total():6} x {kind}: {told}")
+    lines = {f"x {kind}": outcomes for kind, outcomes in FAULTS.items()}
     if FAULTS:
-        total = sum((o for o in FAULTS.values()), Counter())
-        told = ", ".join(f"{n} {outcome}" for outcome, n in total.most_common())
-        terminalreporter.write_line(f"{total.total():6} faults in all: {told}")
+        lines["faults in all"] = sum(FAULTS.values(), Counter())
+    for kind, outcomes in lines.items():
+        told = ", ".join(f"{n} {outcome}" for outcome, n in outcomes.most_common())
+        terminalreporter.write_line(f"{outcomes.total():6} {kind}: {told}")
