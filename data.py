@@ -90,7 +90,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
             break
         new, changed = len(tokens), set()
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        changed = set()
         # Only the words that hold the pair change, and with them the counts of their other pairs.
         for w in where.pop(pair):
             for old, made in _merge(words[w], pair, new):
@@ -109,17 +108,20 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     return ranks
 
 
-def _merge(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    """`word` with every occurrence of `pair` replaced by the token `new`, from left to right."""
-    out, i = [], 0
-    while i < len(word):
-        if i + 1 < len(word) and (word[i], word[i + 1]) == pair:
-            out.append(new)
-            i += 2
-        else:
-            out.append(word[i])
-            i += 1
-    return out
+def _merge(word: list[int], pair: tuple[int, int], new: int) -> Iterator[tuple[tuple, tuple]]:
+    """Put `new` in place of every `pair` in a word, from the left. Yields the pairs next to it and what they
+    become: the others stay, so a long word costs hardly more than short ones."""
+    left, right = pair
+    i = 0
+    while left in word[i:-1]:
+        i = word.index(left, i)
+        if word[i + 1] == right:
+            word[i : i + 2] = [new]
+            if i > 0:
+                yield (word[i - 1], left), (word[i - 1], new)
+            if i + 1 < len(word):
+                yield (right, word[i + 1]), (new, word[i + 1])
+        i += 1
 
 
 def encoding(name: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:

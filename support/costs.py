@@ -124,6 +124,8 @@ def main():
     parser.add_argument("--bytes", type=int, default=2, choices=(1, 2, 4), help="bytes per value [2, bf16]")
     args = parser.parse_args()
     args.head_dim = args.head_dim or args.n_embd // args.n_head
+    if not args.head_dim:
+        parser.error(f"--n_embd {args.n_embd} is below --n_head {args.n_head}; raise it or give --head_dim")
     args.n_hidden = args.n_hidden or -(-args.n_embd * 8 // 3 // 32) * 32  # as model.GPTConfig
     config = SimpleNamespace(**vars(args), tie_embeddings=True, qk_norm=False, qkv_bias=False)
     plan, full = (Plan.parse(spec, args.n_layer) for spec in (args.spec, "full"))
