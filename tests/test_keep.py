@@ -125,7 +125,8 @@ def test_a_run_starts_in_a_folder_that_is_new_empty_or_a_run(corpus, folder, tmp
     init = [f for f in flags(corpus, folder, init_from=f"hf:{folder}") if "--n_" not in f]
     assert "holds other things than a run" in refused("train.py", *init)
     monkeypatch.chdir(folder)  # an unset variable: --out_dir=$OUT
-    assert "holds other things than a run" in refused("train.py", *flags(corpus, ""))
+    assert "--out_dir '' is empty" in refused("train.py", *flags(corpus, ""))
+    assert "holds other things than a run" in refused("train.py", *flags(corpus, "."))
     assert contents(tmp_path) == before
 
 
